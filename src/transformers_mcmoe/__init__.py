@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixture-of-Experts compression inside Hugging Face transformers.
+
+Importing this package registers the quantization method "mcmoe" with transformers; `from_pretrained` then compresses
+(`quantization_config=MCMoEConfig(...)`) and loads packed checkpoints.
+"""
+
+from transformers_mcmoe.config import MCMoEConfig
+from transformers_mcmoe.nn import PackedExperts, PackedLinear
+from transformers_mcmoe.plan import Plan
+from transformers_mcmoe.quantizer import MCMoEHfQuantizer
+from transformers_mcmoe.report import compression_report
+from transformers_mcmoe.version import __version__
+
+__all__ = [
+    "MCMoEConfig",
+    "MCMoEHfQuantizer",
+    "PackedExperts",
+    "PackedLinear",
+    "Plan",
+    "__version__",
+    "compression_report",
+]

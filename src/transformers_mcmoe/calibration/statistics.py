@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What calibration measures of one layer's experts: routing counts, routing weights, and samples of their inputs.
+
+Everything is a sum or a uniform sample, so that parts measured apart can be merged. It knows tokens and experts, not
+widths or layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from transformers_mcmoe.models.experts import Experts
+
+# inputs kept per expert, a uniform sample of its routed tokens; errors are measured on these
+SAMPLE = 1024
+# below this many routed tokens an expert is listed as starved
+FEW_TOKENS = 32
+
+
+@dataclass
+class RoutingStatistics:
+    """Routing of one experts module over the calibration tokens.
+
+    Attributes:
+        tokens: [E] int64, (token, slot) pairs sent to each expert.
+        weight: [E] float64, sum of the routing weights as the experts receive them (after the model's own
+            normalisation and scaling); equal to `tokens` where the block applies weights outside the experts.
+    """
+
+    tokens: Tensor
+    weight: Tensor
+
+    def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
+        return RoutingStatistics(self.tokens + other.tokens, self.weight + other.weight)
+
+    @classmethod
+    def zeros(cls, num_experts: int) -> RoutingStatistics:
+        return cls(torch.zeros(num_experts, dtype=torch.int64), torch.zeros(num_experts, dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs on which one expert's errors are measured.
+
+    Attributes:
+        x: [n, H] tokens.
+        weight: [n] float32 routing weights.
+        scale: routed tokens per sampled token; squared errors are multiplied by it.
+    """
+
+    x: Tensor
+    weight: Tensor
+    scale: float
+
+
+class ExpertInputs:
+    """Counts the tokens that reach each expert and keeps a uniform sample of them (reservoir sampling).
+
+    The sample lies in a memory-mapped file, [E, SAMPLE, H]. An expert that gets at most SAMPLE tokens keeps them all.
+
+    Attributes:
+        routing: the counts.
+    """
+
+    def __init__(self, num_experts: int, path: Path, seed: int) -> None:
+        self.routing = RoutingStatistics.zeros(num_experts)
+        self._path = path
+        self._x: Tensor | None = None
+        self._weight = torch.zeros(num_experts, SAMPLE)
+        self._random = torch.Generator().manual_seed(seed)
+
+    def record(self, expert: int, x: Tensor, weights: Tensor | None) -> None:
+        """Count tokens [n, H] of an expert and let them into the sample."""
+        n = x.shape[0]
+        if n == 0:
+            return
+        if self._x is None:
+            shape = (*self._weight.shape, x.shape[1])
+            size = torch.Size(shape).numel()
+            self._x = torch.from_file(str(self._path), shared=True, size=size, dtype=x.dtype).view(shape)
+        weight = torch.ones(n) if weights is None else weights.detach().to("cpu", torch.float32)
+        order = torch.arange(n) + self.routing.tokens[expert]
+        draw = (torch.rand(n, generator=self._random, dtype=torch.float64) * (order + 1)).long()
+        slot = torch.where(order < SAMPLE, order, draw)
+        # several tokens may draw one slot: the last of them stays
+        last = torch.full((SAMPLE,), -1).scatter_reduce(
+            0, slot.clamp(max=SAMPLE - 1), torch.where(slot < SAMPLE, torch.arange(n), -1), "amax"
+        )
+        kept = torch.nonzero(last >= 0).flatten()
+        self._x[expert, kept] = x[last[kept].to(x.device)].cpu()
+        self._weight[expert, kept] = weight[last[kept]]
+        self.routing.tokens[expert] += n
+        self.routing.weight[expert] += weight.to(torch.float64).sum()
+
+    def is_starved(self, expert: int) -> bool:
+        """Whether too few tokens were routed to an expert to measure its errors on them."""
+        return int(self.routing.tokens[expert]) < FEW_TOKENS
+
+    def sample(self, expert: int) -> Sample:
+        """Inputs to measure an expert on.
+
+        A starved expert is measured on tokens of all experts, as if they had been routed to it, with the layer's mean
+        routing weight; the scale still follows from the tokens it really got.
+
+        Raises:
+            ValueError: no token reached any expert of the layer.
+        """
+        tokens = self.routing.tokens
+        if self._x is None or int(tokens.sum()) == 0:
+            raise ValueError("No calibration token reached any expert of this layer; use other calibration text.")
+        count = int(tokens[expert])
+        if not self.is_starved(expert):
+            n = min(count, SAMPLE)
+            return Sample(self._x[expert, :n], self._weight[expert, :n], count / n)
+        share = max(1, SAMPLE // (4 * len(tokens)))
+        parts = [self._x[e, : min(int(t), share)] for e, t in enumerate(tokens.tolist())]
+        x = torch.cat(parts)
+        mean = float(self.routing.weight.sum() / tokens.sum())
+        return Sample(x, torch.full((len(x),), mean), count / len(x))
+
+
+def output_errors(
+    experts: Experts, expert: int, sample: Sample, candidates: Iterable[Mapping[str, Tensor]]
+) -> list[float]:
+    """Frobenius norm of the change in the MoE block's output when one expert's matrices are replaced.
+
+    Only the expert's own tokens change, by weight * (E'(x) - E(x)); routing does not (arXiv 2410.06270, eq. 3, taken
+    on the block's output as the authors' code does).
+
+    Args:
+        experts: the layer's experts, with their dense weights.
+        expert: which one.
+        sample: its inputs.
+        candidates: replacements, each [out, in] float32 per projection; read one at a time.
+
+    Returns:
+        One norm per candidate.
+    """
+    device = experts.matrix(expert, experts.projections[0].name).device
+    x, weight = sample.x.to(device, torch.float32), sample.weight.to(device, torch.float64)
+    dense = experts.run(expert, x)
+    errors = []
+    for matrices in candidates:
+        change = experts.run(expert, x, matrices).sub_(dense)
+        squared = change.square().sum(-1).to(torch.float64) * weight.square()
+        errors.append(float((squared.sum() * sample.scale).sqrt()))
+    return errors

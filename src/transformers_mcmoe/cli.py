@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `mcmoe`: compression from a shell, with progress.
+
+The only file that prints. It adds nothing to what `from_pretrained` and `save_pretrained` do but the safe hand-over of
+the output folder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import transformers
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from transformers_mcmoe.config import MCMoEConfig
+from transformers_mcmoe.progress import Progress
+from transformers_mcmoe.report import compression_report
+from transformers_mcmoe.workdir import FINGERPRINT, replace_directory
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Mixture-of-Experts compression.")
+console = Console()
+
+
+@app.callback()
+def main() -> None:
+    """Mixture-of-Experts compression inside Hugging Face transformers."""
+
+
+@app.command()
+def compress(
+    model: Annotated[str, typer.Argument(help="Hub id or folder of the dense model.")],
+    output: Annotated[Path, typer.Option(help="Folder of the packed model; replaced as a whole at the end.")],
+    bits: Annotated[float, typer.Option(help="Average bits over all quantized weights.")] = 2.54,
+    dataset: Annotated[str | None, typer.Option(help="Calibration text: Hub id or local file. Default: C4.")] = None,
+    budget: Annotated[
+        Literal["layer", "model"], typer.Option(help="One budget per layer or for the model.")
+    ] = "layer",
+    allocation: Annotated[str, typer.Option(help="pmq, uniform, random, frequency, routing_weight, f_norm.")] = "pmq",
+    num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    work_dir: Annotated[Path | None, typer.Option(help="Folder for intermediate files. Default: OUTPUT.work.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device that layers are run on.")] = None,
+    dtype: Annotated[str, typer.Option(help="Floating dtype of what stays dense.")] = "auto",
+) -> None:
+    """Compress MODEL into OUTPUT."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
+    transformers.logging.disable_progress_bar()
+    work = work_dir or output.with_name(output.name + ".work")
+    try:
+        if work_dir is None:
+            _clear_leftovers(work)
+        with _bars() as show:
+            config = MCMoEConfig(
+                bits,
+                dataset=dataset,
+                budget=budget,
+                allocation=allocation,
+                num_samples=num_samples,
+                seq_len=seq_len,
+                seed=seed,
+                work_dir=work,
+                device=device,
+                progress=show,
+            )
+            packed = _load_class(model).from_pretrained(model, quantization_config=config, dtype=dtype)
+        _save(packed, model, output)
+    except (ValueError, OSError, NotImplementedError) as error:
+        console.print(f"[bold red]Error:[/] {error}", highlight=False)
+        raise typer.Exit(1) from error
+    if work_dir is None:
+        _clear_leftovers(work)
+    _summary(compression_report(packed), output)
+
+
+def _load_class(model: str) -> Any:
+    """The class that the checkpoint names, or the one for causal language models."""
+    config = transformers.AutoConfig.from_pretrained(model)
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    return transformers.AutoModelForCausalLM
+
+
+def _clear_leftovers(work: Path) -> None:
+    """Remove the default work folder of an earlier, killed run; it is never the user's own."""
+    if (work / FINGERPRINT).is_file():
+        shutil.rmtree(work)
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[Progress], None]]:
+    """A bar per stage while the block runs; gives the callback that moves them."""
+    bars = Bars(
+        TextColumn("{task.description:>9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[detail]}"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def show(step: Progress) -> None:
+        if step.stage not in tasks:
+            tasks[step.stage] = bars.add_task(step.stage, total=step.layers, detail="")
+        expert = f"expert {step.expert}/{step.experts}, " if step.experts else ""
+        left = f", {step.eta / 60:.0f} min left" if step.eta is not None else ""
+        detail = f"{expert}{step.memory / 1e9:.2f} GB{left}"
+        bars.update(tasks[step.stage], completed=step.layer, detail=detail)
+
+    with bars:
+        yield show
+
+
+def _save(model: Any, source: str, output: Path) -> None:
+    """Write the model under a temporary name, then put it in the place of `output`."""
+    new = output.with_name(output.name + ".new")
+    if new.exists():
+        shutil.rmtree(new)
+    model.save_pretrained(new, max_shard_size="4GB")
+    for loader in (transformers.AutoProcessor, transformers.AutoTokenizer):
+        try:
+            loader.from_pretrained(source).save_pretrained(new)
+            break
+        except (OSError, ValueError, ImportError, KeyError):
+            continue
+    replace_directory(new, output)
+
+
+def _summary(report: dict[str, Any], output: Path) -> None:
+    sizes = report["sizes"]
+    table = Table(show_header=False, box=None)
+    table.add_row("saved", str(output))
+    table.add_row("average bits", f"{report['average_bits']:.4f}")
+    table.add_row("bits per weight", f"{report['bits_per_weight']:.4f} (scales and zeros included)")
+    table.add_row("size", f"{sizes['total_bytes'] / 1e9:.3f} GB, dense {sizes['dense_bytes'] / 1e9:.3f} GB")
+    table.add_row("seconds", json.dumps({stage: round(s, 1) for stage, s in report["seconds"].items()}))
+    console.print(table)
+    for fallback in report["fallbacks"]:
+        console.print(f"note: {fallback}", highlight=False)

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MCMoEConfig: every knob of a compression, validated on construction and stored as JSON in config.json.
+
+Knows no model: whether a budget is feasible depends on shapes and is checked by the pipeline.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.quantizers import register_quantization_config
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from transformers_mcmoe.plan import Plan
+from transformers_mcmoe.quantization.packing import WIDTHS
+
+logger = logging.getLogger(__name__)
+
+QUANT_METHOD = "mcmoe"
+FORMAT_VERSION = 1
+BUDGETS = ("layer", "model")
+ALLOCATIONS = ("pmq", "uniform", "random", "frequency", "routing_weight", "f_norm")
+# options of later releases; accepted only as None or False
+RESERVED = ("preset", "odp", "otp", "prune", "rank", "granularity", "target_size")
+# belong to one run on one machine, never stored
+RUNTIME = ("tokenizer", "work_dir", "max_memory", "device", "progress")
+
+
+class MCMoEConfig(QuantizationConfigMixin):
+    """How to compress a Mixture-of-Experts model, and, in a packed checkpoint, how it was compressed.
+
+    Args:
+        bits: average code width over all quantized weights, in bits; the papers' "2.54". Group scales and zeros
+            (0.25 bits per weight at groups of 128), embeddings and lm_head are not counted.
+        expert_bits: candidate widths per expert, each of 1, 2, 3, 4, 8.
+        attention_bits: width of attention projections; 16 leaves them as they are (and out of the average).
+        shared_expert_bits: width of shared experts and dense MLPs; 16 leaves them as they are.
+        group_size: most columns that share a scale, a multiple of 32; the largest multiple of 32 that divides a
+            matrix's in_features is taken.
+        budget: "layer" gives every layer the same bits per expert weight (the papers); "model" spends one budget
+            over all layers (two streamed passes).
+        allocation: "pmq" (significance phi^alpha * w^beta * eps^gamma, arXiv 2410.06270) or a baseline: "uniform",
+            "random", "frequency", "routing_weight", "f_norm".
+        alpha: exponent of the routing frequency phi.
+        beta: exponent of the routing weight w.
+        gamma: exponent of the error eps.
+        at_least: width -> least number of experts of a layer that take it; {3: 1, 2: 1} is the papers' constraint.
+        dataset: calibration text: Hub id "org/name[:subset[:split[:field]]]" or a dict with path, subset, split,
+            field; a local .txt, .jsonl or .parquet file; a list of strings; or token ids [N, T]. Default: C4.
+        num_samples: calibration sequences.
+        seq_len: tokens per calibration sequence.
+        tokenizer: tokenizer object or id; default the model's own.
+        modules_to_not_convert: names or patterns of modules that stay as they are.
+        seed: seed of every random choice.
+        work_dir: folder for hidden states and finished layers; default a temporary one.
+        max_memory: bytes (or "12GB") that compression may take; checked against the estimate before it starts.
+        device: where layers are run; default "cpu".
+        plan: a plan (dict, or path of a JSON file) that is used instead of the allocation.
+        progress: called with a `progress.Progress` after every step; default logging and a progress bar.
+
+    Raises:
+        ValueError: an option has a value outside its range.
+        NotImplementedError: an option of a later release is set.
+    """
+
+    def __init__(
+        self,
+        bits: float = 2.54,
+        *,
+        expert_bits: Sequence[int] = (1, 2, 3),
+        attention_bits: int = 4,
+        shared_expert_bits: int = 4,
+        group_size: int = 128,
+        budget: str = "layer",
+        allocation: str = "pmq",
+        alpha: float = 1.0,
+        beta: float = 1.5,
+        gamma: float = 2.0,
+        at_least: Mapping[int, int] | None = None,
+        dataset: Any = None,
+        num_samples: int = 128,
+        seq_len: int = 2048,
+        tokenizer: Any = None,
+        modules_to_not_convert: Sequence[str] | None = None,
+        seed: int = 0,
+        work_dir: str | Path | None = None,
+        max_memory: int | str | None = None,
+        device: str | torch.device | None = None,
+        plan: Mapping[str, Any] | str | Path | Plan | None = None,
+        progress: Callable[[Any], None] | None = None,
+        **reserved: Any,
+    ) -> None:
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # a plain string, as for any external method
+        self.bits = bits
+        self.expert_bits = tuple(expert_bits)
+        self.attention_bits = attention_bits
+        self.shared_expert_bits = shared_expert_bits
+        self.group_size = group_size
+        self.budget = budget
+        self.allocation = allocation
+        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+        self.at_least = {int(width): int(count) for width, count in (at_least or {}).items()}
+        self.dataset = dataset
+        self.num_samples = num_samples
+        self.seq_len = seq_len
+        self.tokenizer = tokenizer
+        self.modules_to_not_convert = list(modules_to_not_convert or [])
+        self.seed = seed
+        self.work_dir = Path(work_dir) if work_dir is not None else None
+        self.max_memory = max_memory
+        self.device = torch.device(device) if device is not None else None
+        self.plan = _read_plan(plan)
+        self.progress = progress
+        _refuse_reserved(reserved)
+        self._validate()
+
+    def _validate(self) -> None:
+        _check(isinstance(self.bits, int | float) and 0 < self.bits <= 8, "bits", self.bits, "a number in (0, 8]")
+        widths = self.expert_bits
+        ascending = bool(widths) and all(w in WIDTHS for w in widths) and list(widths) == sorted(set(widths))
+        _check(ascending, "expert_bits", widths, f"distinct ascending widths out of {WIDTHS}")
+        for name in ("attention_bits", "shared_expert_bits"):
+            _check(getattr(self, name) in (*WIDTHS, 16), name, getattr(self, name), f"one of {(*WIDTHS, 16)}")
+        positive = isinstance(self.group_size, int) and self.group_size > 0 and self.group_size % 32 == 0
+        _check(positive, "group_size", self.group_size, "a positive multiple of 32")
+        _check(self.budget in BUDGETS, "budget", self.budget, f"one of {BUDGETS}")
+        _check(self.allocation in ALLOCATIONS, "allocation", self.allocation, f"one of {ALLOCATIONS}")
+        for name in ("alpha", "beta", "gamma"):
+            value = getattr(self, name)
+            _check(isinstance(value, int | float) and value >= 0, name, value, "a number >= 0")
+        known = all(w in widths and n >= 0 for w, n in self.at_least.items())
+        _check(known, "at_least", self.at_least, f"a dict from widths of expert_bits {widths} to counts >= 0")
+        for name in ("num_samples", "seq_len"):
+            value = getattr(self, name)
+            _check(isinstance(value, int) and value > 0, name, value, "a positive integer")
+        if self.max_memory is not None:
+            _check(self.max_memory_bytes > 0, "max_memory", self.max_memory, "bytes, or a string like '12GB'")
+
+    @property
+    def max_memory_bytes(self) -> int:
+        """`max_memory` in bytes, 0 if there is none or it cannot be read."""
+        if isinstance(self.max_memory, int):
+            return self.max_memory
+        match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B\s*", str(self.max_memory), re.IGNORECASE)
+        if match is None:
+            return 0
+        base = 1024 if match.group(3) else 1000
+        return int(float(match.group(1)) * base ** " KMGT".index(match.group(2).upper() or " "))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form. The average is called `average_bits`: the Hub reads a field `bits` as an integer."""
+        data = {key: value for key, value in self.__dict__.items() if key not in RUNTIME and not key.startswith("_")}
+        data["average_bits"] = data.pop("bits")
+        data["format_version"] = FORMAT_VERSION
+        data["expert_bits"] = list(self.expert_bits)
+        data["at_least"] = {str(width): count for width, count in self.at_least.items()}
+        data["plan"] = self.plan.to_dict() if self.plan is not None else None
+        # texts and token ids given in memory are not stored
+        data["dataset"] = self.dataset if isinstance(self.dataset, str | dict) else None
+        if isinstance(self.dataset, Path):
+            data["dataset"] = str(self.dataset)
+        return data
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MCMoEConfig:
+        """transformers copies model configs with what is in them; data, tokenizer and callback are shared."""
+        return copy.copy(self)
+
+    def __iter__(self) -> Any:
+        yield from self.to_dict().items()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Inverse of `to_dict`; keys that this release does not know are ignored with a warning.
+
+        Raises:
+            ValueError: the checkpoint has a newer format version.
+        """
+        data = dict(config_dict)
+        version = data.pop("format_version", FORMAT_VERSION)
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"The checkpoint has mcmoe format version {version}, this release reads up to {FORMAT_VERSION}; "
+                "update transformers_mcmoe."
+            )
+        data.pop("quant_method", None)
+        if "average_bits" in data:
+            data["bits"] = data.pop("average_bits")
+        known = set(cls().__dict__) | set(RESERVED)
+        unknown = sorted(set(data) - known)
+        if unknown:
+            logger.warning("Ignoring unknown keys of quantization_config: %s.", ", ".join(unknown))
+        return super().from_dict(
+            {key: value for key, value in data.items() if key in known}, return_unused_kwargs, **kwargs
+        )
+
+
+def _check(ok: bool, name: str, value: Any, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value!r} is not valid: it must be {expected}.")
+
+
+def _refuse_reserved(options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if name not in RESERVED:
+            raise TypeError(f"MCMoEConfig has no option {name!r}; see its docstring for the options there are.")
+        if value is not None and value is not False:
+            raise NotImplementedError(
+                f"{name}={value!r} is not available in this release of transformers_mcmoe; leave the option out."
+            )
+
+
+def _read_plan(plan: Any) -> Plan | None:
+    if plan is None or isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, Mapping):
+        return Plan.from_dict(plan)
+    path = Path(plan)
+    if not path.is_file():
+        raise ValueError(f"plan={str(path)!r} is not a file; give the path of a plan in JSON, or a dict.")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return Plan.from_dict(data.get("plan", data))
+
+
+# importing twice (a reload, a second install path) must not fail
+if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(QUANT_METHOD)(MCMoEConfig)

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The matrices of one model that are quantized: its experts and its linear layers, with their names and sizes.
+
+Knows a model and its names, not its weights' values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from transformers_mcmoe.models.experts import find_experts, find_linears, layer_of
+from transformers_mcmoe.models.names import CheckpointNames
+from transformers_mcmoe.plan import Matrix, Plan
+
+
+class Structure:
+    """What of a model is quantized.
+
+    Args:
+        model: a transformers model with its original modules; on meta will do.
+        attention_bits: width of attention projections, 16 to leave them.
+        shared_expert_bits: width of shared experts and dense MLPs, 16 to leave them.
+        modules_to_not_convert: names or patterns of modules to leave.
+
+    Attributes:
+        experts: adapters by module path.
+        linears: width by module path of linear layers outside the experts.
+        names: checkpoint names.
+
+    Raises:
+        ValueError, NotImplementedError: see `find_experts`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        attention_bits: int = 16,
+        shared_expert_bits: int = 16,
+        modules_to_not_convert: Sequence[str] = (),
+    ) -> None:
+        self.model = model
+        self.experts = find_experts(model, modules_to_not_convert)
+        self.linears = find_linears(model, self.experts, attention_bits, shared_expert_bits, modules_to_not_convert)
+        self.names = CheckpointNames(model)
+
+    def expert_weights(self, path: str) -> int:
+        """Weights of one expert of a module."""
+        return sum(p.out_features * p.in_features for p in self.experts[path].projections)
+
+    def linear_weights(self) -> dict[str, int]:
+        """Weights of every quantized linear layer."""
+        return {path: self.model.get_submodule(path).weight.numel() for path in self.linears}
+
+    def matrices(self, plan: Plan) -> list[Matrix]:
+        """Every matrix under a plan, experts first."""
+        found = []
+        for path, experts in self.experts.items():
+            widths = plan.experts[path]
+            for expert in range(experts.num_experts):
+                for p in experts.projections:
+                    bits = widths.of_role(p.role)[expert]
+                    found.append(Matrix(f"{path}.{expert}.{p.name}", p.out_features, p.in_features, bits))
+        for path, bits in plan.linears.items():
+            linear = self.model.get_submodule(path)
+            found.append(Matrix(path, linear.out_features, linear.in_features, bits))
+        return found
+
+    def check(self, plan: Plan) -> None:
+        """Raise ValueError if a plan does not fit the model."""
+        for path, experts in self.experts.items():
+            widths = plan.experts.get(path)
+            if widths is None or len(widths.gate_up) != experts.num_experts:
+                has = "is missing" if widths is None else f"has {len(widths.gate_up)} widths"
+                raise ValueError(
+                    f"The plan does not fit the model: '{path}' {has}, but it has {experts.num_experts} experts."
+                )
+            if not any(widths.gate_up):
+                raise ValueError(f"The plan drops every expert of '{path}'; keep at least one.")
+        for path in (*plan.experts, *plan.linears):
+            if path not in self.experts and not isinstance(_submodule(self.model, path), nn.Linear):
+                raise ValueError(f"The plan does not fit the model: '{path}' is no quantizable module of it.")
+
+    def layer_sizes(self) -> tuple[int, int]:
+        """Weights of the largest decoder layer, and of all that lies outside the layers."""
+        stacks = {layer_of(path)[0] + "." for path in self.experts}
+        sizes: dict[tuple[str, int], int] = {}
+        rest = 0
+        for name, parameter in self.model.named_parameters():
+            if name.startswith(tuple(stacks)):
+                layer = layer_of(name)
+                sizes[layer] = sizes.get(layer, 0) + parameter.numel()
+            else:
+                rest += parameter.numel()
+        return max(sizes.values()), rest
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PackedLinear and PackedExperts: modules whose weights are packed records, called like the dense ones they replace.
+
+They know widths and shapes from construction and hold exactly the tensors of the checkpoint format; how codes were
+chosen and how files are read is not their business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformers_mcmoe.kernels import ops
+from transformers_mcmoe.models.experts import FusedExperts
+from transformers_mcmoe.plan import ExpertWidths
+from transformers_mcmoe.quantization.packing import dequantize, packed_shape
+
+
+class PackedLinear(nn.Module):
+    """A linear layer over one packed matrix.
+
+    Attributes:
+        weight: [out, n, G * bits / 8 + 4] uint8 parameter (not a buffer: accelerate keeps buffers of offloaded
+            layers in memory), absent at 0 bits.
+        bias: [out] float parameter, or None.
+
+    Args:
+        in_features: columns of the dense matrix.
+        out_features: its rows.
+        bits: 1, 2, 3, 4, 8, or 0 for a matrix that was dropped: the output is then zero.
+        group_size: the configured group size.
+        bias: dtype of the bias, or None for none.
+        device: device of the empty tensors.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        group_size: int,
+        bias: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
+        self.weight: nn.Parameter | None
+        if bits:
+            shape = packed_shape(out_features, in_features, bits, group_size)
+            self.weight = nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), requires_grad=False)
+        else:
+            self.register_parameter("weight", None)
+        if bias is not None and bits:
+            self.bias = nn.Parameter(torch.empty(out_features, dtype=bias, device=device))
+        else:
+            self.register_parameter("bias", None)
+        self._is_hf_initialized = True  # transformers must not initialise packed bytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., in_features] -> [.., out_features], in the dtype of `x`."""
+        if self.weight is None:
+            return x.new_zeros(*x.shape[:-1], self.out_features)
+        bias = self.bias.to(x.dtype) if self.bias is not None else None
+        return ops.packed_linear(x, self.weight, bias, self.bits, self.in_features)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The dense matrix [out, in]; zeros at 0 bits."""
+        if self.weight is None:
+            return torch.zeros(self.out_features, self.in_features, dtype=dtype)
+        return dequantize(self.weight, self.bits, self.in_features, dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+class PackedExperts(nn.Module):
+    """Replaces a fused experts module: one child per expert, with one `PackedLinear` per projection.
+
+    Called like the original. Slots whose expert id is >= E (transformers' sentinel) or whose expert was dropped cost
+    nothing. Activation, gate and norm are the original module's own; its weights are gone.
+
+    Args:
+        experts: adapter of the original module, on meta or not; its weight parameters are removed.
+        widths: width of every expert.
+        group_size: the configured group size.
+        leaves: projection name -> child name, the names of the published checkpoint.
+        guard: keep a zero-size uint8 parameter under the first fused weight's name (format.md).
+        device: device of the empty tensors.
+    """
+
+    def __init__(
+        self,
+        experts: FusedExperts,
+        widths: ExpertWidths,
+        group_size: int,
+        leaves: Mapping[str, str],
+        guard: bool,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts = experts.num_experts
+        self.widths, self.leaves = widths, dict(leaves)
+        for expert in range(self.num_experts):
+            if widths.gate_up[expert]:
+                self.add_module(str(expert), self._expert(experts, expert, group_size, device))
+        self._remove_weights(experts)
+        if guard:
+            self._add_guard(experts.parameter_names()[0], device)
+        for name, child in experts.module.named_children():  # act_fn, post_expert_norm; shared with the original
+            if name not in self._modules:
+                self.add_module(name, child)
+        self._experts = experts
+        self._is_hf_initialized = True
+
+    def _expert(
+        self, experts: FusedExperts, expert: int, group_size: int, device: torch.device | str | None
+    ) -> nn.Module:
+        child = nn.Module()
+        for projection in experts.projections:
+            widths = self.widths.down if projection.role == "down" else self.widths.gate_up
+            bias = experts.bias(expert, projection.name)
+            linear = PackedLinear(
+                projection.in_features,
+                projection.out_features,
+                widths[expert],
+                group_size,
+                bias.dtype if bias is not None else None,
+                device,
+            )
+            child.add_module(self.leaves[projection.name], linear)
+        child._is_hf_initialized = True  # type: ignore[assignment]
+        return child
+
+    def _remove_weights(self, experts: FusedExperts) -> None:
+        self._shapes: dict[str, torch.Size] = {}
+        for name in experts.parameter_names():
+            owner, _, leaf = name.rpartition(".")
+            self._shapes[name] = experts.module.get_submodule(owner)._parameters.pop(leaf).shape
+
+    def _add_guard(self, name: str, device: torch.device | str | None) -> None:
+        owner, _, leaf = name.rpartition(".")
+        module = self
+        for part in filter(None, owner.split(".")):
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module._modules[part]  # type: ignore[assignment]
+        guard = torch.empty(0, dtype=torch.uint8, device=device)
+        module.register_parameter(leaf, nn.Parameter(guard, requires_grad=False))
+
+    def linear(self, expert: int, projection: str) -> PackedLinear:
+        """A projection of an expert that was not dropped."""
+        return self._modules[str(expert)]._modules[self.leaves[projection]]  # type: ignore[union-attr, return-value]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Combined output of the routed experts; see the original module for shapes.
+
+        Sums are taken in float32 and rounded to the dtype of `hidden_states`.
+        """
+        x, index, weights = self._experts.route(hidden_states, *args, *kwargs.values())
+        output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for expert in index.unique().tolist():
+            token, slot = torch.where(index == expert)
+            if expert < self.num_experts and self.widths.gate_up[expert]:
+                y = self._experts.combine(x[token], self._projections(expert))
+            elif self.num_experts <= expert < self.num_experts + self._experts.identity_experts:
+                y = x[token]
+            else:
+                continue
+            output = output.index_add(0, token, (y * weights[token, slot, None]).to(torch.float32))
+        return self._experts.finish(output.to(hidden_states.dtype), hidden_states)
+
+    def _projections(self, expert: int) -> Any:
+        return lambda x, projection: self.linear(expert, projection)(x)
+
+    def restore(self, dtype: torch.dtype) -> nn.Module:
+        """The original module with dense weights of what is packed here; a dropped expert has zeros."""
+        module = self._experts.module
+        device = next(iter(self.parameters())).device
+        for name, shape in self._shapes.items():
+            owner, _, leaf = name.rpartition(".")
+            parameter = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+            module.get_submodule(owner).register_parameter(leaf, parameter)
+        for expert in range(self.num_experts):
+            if not self.widths.gate_up[expert]:
+                continue
+            for projection in self._experts.projections:
+                linear = self.linear(expert, projection.name)
+                self._experts.matrix(expert, projection.name).copy_(linear.dequantize(dtype))
+                bias = self._experts.bias(expert, projection.name)
+                if bias is not None and linear.bias is not None:
+                    bias.copy_(linear.bias.data)
+        return module
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, gate_up={_digits(self.widths.gate_up)}"
+
+
+def _digits(widths: Sequence[int]) -> str:
+    return "".join(map(str, widths))

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan: which width every quantized matrix has, and what that costs in bits and bytes.
+
+Knows names, widths and shapes; it does not know how widths were chosen, nor modules or files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers_mcmoe.quantization.packing import WIDTHS, packed_shape
+
+PLAN_VERSION = 1
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class ExpertWidths:
+    """Widths of one layer's experts: `gate_up[e]` for the input projections, `down[e]` for the output one; 0 = dropped."""
+
+    gate_up: tuple[int, ...]
+    down: tuple[int, ...]
+
+    @classmethod
+    def of(cls, widths: Iterable[int]) -> ExpertWidths:
+        """The same width for all projections of an expert."""
+        widths = tuple(int(width) for width in widths)
+        return cls(widths, widths)
+
+    def of_role(self, role: str) -> tuple[int, ...]:
+        """Widths of the projections of a role, "gate_up" or "down"."""
+        return self.down if role == "down" else self.gate_up
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix under the plan: its module path, shape and width (0 = dropped)."""
+
+    name: str
+    out_features: int
+    in_features: int
+    bits: int
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.out_features * self.in_features
+
+    def packed_bytes(self, group_size: int) -> int:
+        """Bytes on disk, scales and zeros included."""
+        if self.bits == 0:
+            return 0
+        rows, groups, record = packed_shape(self.out_features, self.in_features, self.bits, group_size)
+        return rows * groups * record
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Widths of every quantized matrix of a model.
+
+    Attributes:
+        experts: path of an experts module -> widths of its experts.
+        linears: path of a linear layer outside the experts -> its width.
+    """
+
+    experts: Mapping[str, ExpertWidths]
+    linears: Mapping[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form: digit strings per layer; linear layers that differ only in the layer number share a string."""
+        experts = {
+            name: {"gate_up": "".join(map(str, widths.gate_up)), "down": "".join(map(str, widths.down))}
+            for name, widths in self.experts.items()
+        }
+        patterns: dict[str, dict[int, int]] = {}
+        for name, bits in self.linears.items():
+            match = _LAYER.search(name)
+            key = _LAYER.sub(".*.", name, count=1) if match else name
+            patterns.setdefault(key, {})[int(match.group(1)) if match else 0] = bits
+        linears = {
+            key: "".join(str(widths.get(layer, "-")) for layer in range(max(widths) + 1))
+            for key, widths in patterns.items()
+        }
+        return {"version": PLAN_VERSION, "experts": experts, "linears": linears}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: the dict is not a plan, is of a newer version, or names a width that cannot be packed.
+        """
+        if not isinstance(data, Mapping) or "experts" not in data:
+            raise ValueError("A plan is a dict with the keys 'experts' and 'linears'; this one has no 'experts'.")
+        if data.get("version", PLAN_VERSION) > PLAN_VERSION:
+            raise ValueError(
+                f"The plan has version {data['version']}, this release reads up to {PLAN_VERSION}; update the package."
+            )
+        experts = {}
+        for name, widths in data["experts"].items():
+            gate_up, down = _digits(name, widths["gate_up"], dropped=True), _digits(name, widths["down"], dropped=True)
+            if len(gate_up) != len(down) or any((a == 0) != (b == 0) for a, b in zip(gate_up, down, strict=True)):
+                raise ValueError(
+                    f"The plan's '{name}' must drop (0) the same experts in 'gate_up' and 'down', "
+                    f"but they are '{widths['gate_up']}' and '{widths['down']}'."
+                )
+            experts[name] = ExpertWidths(gate_up, down)
+        linears = {}
+        for key, digits in data.get("linears", {}).items():
+            for layer, digit in enumerate(digits):
+                if digit != "-":
+                    linears[key.replace(".*.", f".{layer}.", 1)] = _digits(key, digit)[0]
+        return cls(experts, linears)
+
+
+def _digits(name: str, digits: str, dropped: bool = False) -> tuple[int, ...]:
+    allowed = (0, *WIDTHS) if dropped else WIDTHS
+    if any(not digit.isdigit() or int(digit) not in allowed for digit in digits):
+        raise ValueError(f"The plan's '{name}' holds the widths '{digits}'; each must be one of {allowed}.")
+    return tuple(int(digit) for digit in digits)
+
+
+def average_bits(matrices: Iterable[Matrix]) -> float:
+    """Mean code width over all matrices, weighted by their weights; a dropped expert counts as 0 bits."""
+    total = bits = 0
+    for matrix in matrices:
+        total += matrix.weights
+        bits += matrix.weights * matrix.bits
+    return bits / total if total else 0.0
+
+
+def bits_per_weight(matrices: Iterable[Matrix], group_size: int) -> float:
+    """Bytes on disk x 8 / weights over all matrices, scales and zeros included."""
+    total = packed = 0
+    for matrix in matrices:
+        total += matrix.weights
+        packed += matrix.packed_bytes(group_size)
+    return 8 * packed / total if total else 0.0

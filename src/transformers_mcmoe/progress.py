@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far a compression is, and how that is shown: a callback, or a bar and the log.
+
+Knows layers and seconds, not what is done in them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A step of a compression.
+
+    Attributes:
+        stage: "allocate" or "quantize".
+        layer: layers done in this stage.
+        layers: layers there are.
+        expert: experts of the current layer done.
+        experts: experts of the current layer, 0 when it has none or is finished.
+        seconds: time since the stage began.
+        eta: estimated seconds until its end, None before the first layer is done.
+        memory: anonymous resident memory of the process in bytes, 0 where the system does not tell.
+    """
+
+    stage: str
+    layer: int
+    layers: int
+    expert: int
+    experts: int
+    seconds: float
+    eta: float | None
+    memory: int
+
+
+def anonymous_memory() -> int:
+    """Anonymous resident memory of this process in bytes (Linux), else 0; file-backed pages are not counted."""
+    try:
+        text = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("RssAnon:")), 0)
+
+
+class Meter:
+    """Counts steps and reports each of them.
+
+    Args:
+        callback: called with a `Progress`; None shows transformers' progress bar and logs every layer.
+    """
+
+    def __init__(self, callback: Callable[[Progress], None] | None) -> None:
+        self._callback = callback
+        # asked here, where the user's choice to show bars or not still holds
+        self._hidden = callback is not None or not transformers_logging.is_progress_bar_enabled()
+        self._bar: Any = None
+        self._stage, self._layers, self._layer, self._started = "", 0, 0, time.monotonic()
+
+    def start(self, stage: str, layers: int) -> None:
+        """Begin a stage."""
+        self._stage, self._layers, self._layer, self._started = stage, layers, 0, time.monotonic()
+        self.close()
+        if not self._hidden:
+            self._bar = tqdm(total=layers, unit="layer", desc=stage.capitalize())
+        self._report(0, 0)
+
+    def expert_done(self, expert: int, experts: int) -> None:
+        """One expert of the current layer is done."""
+        self._report(expert + 1, experts)
+
+    def layer_done(self) -> None:
+        """The current layer is done."""
+        self._layer += 1
+        step = self._report(0, 0)
+        if self._bar is not None:
+            self._bar.update(1)
+            self._bar.set_postfix_str(f"memory {step.memory / 1e9:.2f} GB")
+        logger.info("%s: layer %d of %d, %.2f GB.", self._stage, self._layer, self._layers, step.memory / 1e9)
+
+    def close(self) -> None:
+        """Put the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _report(self, expert: int, experts: int) -> Progress:
+        seconds = time.monotonic() - self._started
+        done = self._layer + (expert / experts if experts else 0)
+        eta = seconds / done * (self._layers - done) if self._layer else None
+        step = Progress(self._stage, self._layer, self._layers, expert, experts, seconds, eta, anonymous_memory())
+        if self._callback is not None:
+            self._callback(step)
+        return step

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Group grids and the packed record: how a float matrix becomes bytes. Knows nothing of modules or models."""
+
+from transformers_mcmoe.quantization.grid import Quantized, group_size_for, num_groups, quantize
+from transformers_mcmoe.quantization.packing import WIDTHS, dequantize, pack, packed_shape, unpack
+
+__all__ = [
+    "WIDTHS",
+    "Quantized",
+    "dequantize",
+    "group_size_for",
+    "num_groups",
+    "pack",
+    "packed_shape",
+    "quantize",
+    "unpack",
+]

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Group grids: the scale and zero of every group of a matrix, and the codes nearest to its weights.
+
+Knows one matrix at a time; it does not know calibration data, bytes, modules or models.
+
+A weight is rebuilt as `w = (code - zero) * scale`. Scale and zero are rounded to fp16 before codes are chosen, so
+the codes are nearest on the grid that is stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# clipping factors of the range search; 1.0 is the plain min/max grid
+CLIPS = tuple(round(0.30 + 0.05 * step, 2) for step in range(15))
+# weights whose fp32 temporaries are held at once: they stay in a core's cache
+CHUNK = 1 << 18
+_FP16_MAX = 65504.0
+_FP16_MIN = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Codes and grids of one matrix.
+
+    Attributes:
+        codes: [out, n, G] uint8, padded with code 0 where the last group reaches past `in_features`.
+        scale: [out, n] float32 holding fp16 values.
+        zero: [out, n] float32 holding fp16 values, in units of codes (not rounded to an integer).
+        bits: code width.
+        in_features: columns of the matrix before padding.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    bits: int
+    in_features: int
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix these codes stand for, [out, in_features]."""
+        weight = (self.codes.to(torch.float32) - self.zero.unsqueeze(-1)).mul_(self.scale.unsqueeze(-1))
+        return weight.flatten(1)[:, : self.in_features].to(dtype)
+
+
+def group_size_for(in_features: int, group_size: int) -> int:
+    """Columns that share a grid: the largest multiple of 32 <= `group_size` that divides `in_features`.
+
+    Where none divides it, `group_size` itself; the last group is then padded. 576 -> 96, 2880 -> 96, 1407 -> 128.
+    """
+    for size in range(group_size - group_size % 32, 0, -32):
+        if in_features % size == 0:
+            return size
+    return group_size
+
+
+def num_groups(in_features: int, group_size: int) -> int:
+    """Groups along in_features, the padded one included."""
+    return -(-in_features // group_size)
+
+
+def quantize(weight: Tensor, bits: int, group_size: int) -> Quantized:
+    """Round a matrix to the nearest codes of clipped group grids (data-free).
+
+    Widths above 1 use an asymmetric grid over [min(w, 0), max(w, 0)], shrunk by the factor of `CLIPS` that leaves the
+    least squared error in the group. 1 bit uses the symmetric grid {-m, +m}, m = mean |w|, which is the least-squares
+    binary grid (XNOR-Net, arXiv 1603.05279).
+
+    Args:
+        weight: [out, in] any float dtype.
+        bits: 1, 2, 3, 4 or 8.
+        group_size: columns per group, as given by `group_size_for`.
+
+    Returns:
+        `Quantized` on the weight's device.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(
+            f"The matrix of shape {tuple(weight.shape)} to be quantized holds values that are not finite; "
+            "check the checkpoint it comes from."
+        )
+    out_features, in_features = weight.shape
+    groups = num_groups(in_features, group_size)
+    whole = in_features // group_size
+    codes = torch.zeros(out_features, groups, group_size, dtype=torch.uint8, device=weight.device)
+    scale = torch.empty(out_features, groups, device=weight.device)
+    zero = torch.empty(out_features, groups, device=weight.device)
+    rows = max(1, CHUNK // max(in_features, 1))
+    for start in range(0, out_features, rows):
+        block = slice(start, start + rows)
+        chunk = weight[block].to(torch.float32)
+        if whole:
+            x = chunk[:, : whole * group_size].reshape(-1, whole, group_size)
+            codes[block, :whole], scale[block, :whole], zero[block, :whole] = _fit(x, bits)
+        if whole < groups:  # the tail is fitted without its padding
+            x = chunk[:, whole * group_size :].unsqueeze(1)
+            codes[block, whole:, : x.shape[-1]], scale[block, whole:], zero[block, whole:] = _fit(x, bits)
+    return Quantized(codes, scale, zero, bits, in_features)
+
+
+def _fit(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [.., G] uint8, scale [..] and zero [..] float32 for groups `x` [.., G] float32."""
+    if bits == 1:
+        scale = _fp16(2 * x.abs().mean(-1))
+        return (x >= 0).to(torch.uint8), scale, torch.full_like(scale, 0.5)
+    low, high = x.amin(-1).clamp_(max=0), x.amax(-1).clamp_(min=0)
+    length = torch.linalg.vector_norm(x, dim=-1)
+    best_error = length  # of scale 0, which rebuilds zeros: the only grid for weights below fp16's range
+    best_scale, best_zero = torch.zeros_like(low), torch.zeros_like(low)
+    for clip in CLIPS:
+        scale, zero = _grid(low * clip, high * clip, bits)
+        y = _to_codes(x, scale, zero)
+        error = torch.linalg.vector_norm(y.sub_(y.round().clamp_(0, 2**bits - 1)), dim=-1) * scale
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero, best_zero)
+    codes = _to_codes(x, best_scale, best_zero).round_().clamp_(0, 2**bits - 1)
+    return codes.to(torch.uint8), best_scale, best_zero
+
+
+def _grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """fp16-rounded scale and zero of the grid with 2^bits points from `low` to `high` (low <= 0 <= high)."""
+    span = high - low
+    exact = span / (2**bits - 1)
+    scale = _fp16(exact.clamp(min=_FP16_MIN))
+    # a scale beyond fp16 covers a part of the range: the part around its middle
+    zero = torch.where(exact > _FP16_MAX, -low / span * (2**bits - 1), -low / scale)
+    return scale, _fp16(zero)
+
+
+def _to_codes(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Weights in units of codes, before rounding; a group whose scale is 0 becomes 0."""
+    inverse = torch.where(scale > 0, scale.reciprocal(), 0.0)
+    return torch.addcmul(zero.unsqueeze(-1), x, inverse.unsqueeze(-1))
+
+
+def _fp16(x: Tensor) -> Tensor:
+    return x.clamp(max=_FP16_MAX).to(torch.float16).to(torch.float32)

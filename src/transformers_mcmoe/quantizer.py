@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MCMoEHfQuantizer: answers transformers' hooks, and nothing else.
+
+A dense checkpoint is compressed before its weights are read (`pipeline.compress`); from there on, and for packed
+checkpoints from the start, modules are replaced on meta and transformers loads the packed tensors itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import re
+import shutil
+import tempfile
+import types
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+from transformers_mcmoe.config import QUANT_METHOD, MCMoEConfig
+from transformers_mcmoe.models.experts import Experts, FusedExperts, ListExperts
+from transformers_mcmoe.models.names import packed_conversions
+from transformers_mcmoe.models.stream import Checkpoint
+from transformers_mcmoe.models.structure import Structure
+from transformers_mcmoe.nn import PackedExperts, PackedLinear
+from transformers_mcmoe.pipeline import Compressed, compress, unread_patterns
+from transformers_mcmoe.plan import Plan, average_bits
+from transformers_mcmoe.report import build_report, read_report, write_report
+
+logger = logging.getLogger(__name__)
+
+
+class MCMoEHfQuantizer(HfQuantizer):
+    """Quantizer backend of `quant_method` "mcmoe".
+
+    Attributes:
+        report: the report of the compression, None until it is asked for on a reloaded model.
+    """
+
+    requires_calibration = False  # True would forbid compression inside from_pretrained
+    quantization_config: MCMoEConfig
+
+    def __init__(self, quantization_config: MCMoEConfig, **kwargs: Any) -> None:
+        # the plan is written into the config; the user's object stays as it is and may be used again
+        super().__init__(copy.copy(quantization_config), **kwargs)
+        self.report: dict[str, Any] | None = None
+        self._result: Compressed | None = None
+        self._work_dir: Path | None = None
+        self._packed: dict[str, Experts] = {}
+        self._dense: list[str] = []
+        self._save_directory: Path | None = None
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuses disk offload while compressing: transformers would offload the dense tensors."""
+        compressing = not self.pre_quantized or self._result is not None
+        if compressing and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "device_map puts modules on disk while the model is being compressed; compress it first "
+                "(mcmoe compress, or save_pretrained without a device_map) and load the packed checkpoint."
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: Any, dtype: Any = None, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        if not checkpoint_files:
+            raise ValueError("transformers_mcmoe needs the checkpoint's files; a state_dict cannot be compressed.")
+        if not self.pre_quantized:
+            self._compress(model, checkpoint_files, dtype or torch.get_default_dtype())
+        plan = self.quantization_config.plan
+        if plan is None:
+            raise ValueError("The checkpoint's quantization_config has no plan; it was not written by this package.")
+        structure = Structure(model)
+        self._packed = {path: experts for path, experts in structure.experts.items() if path in plan.experts}
+        self._dense = [path for path in structure.experts if path not in plan.experts]
+        structure.experts = self._packed
+        structure.check(plan)
+        replace_modules(model, structure, plan, self.quantization_config.group_size)
+        check_tensors(model, structure, checkpoint_files, self._packed)
+        return model
+
+    def _compress(self, model: Any, checkpoint_files: list[str], dtype: torch.dtype) -> None:
+        config = self.quantization_config
+        if config.work_dir is not None:
+            self._work_dir = config.work_dir
+        else:
+            self._work_dir = Path(tempfile.mkdtemp(prefix="mcmoe-"))
+            # the packed files stay mapped into memory: they go with the model, or at exit
+            weakref.finalize(model, shutil.rmtree, self._work_dir, ignore_errors=True)
+        result = compress(model, checkpoint_files, config, dtype=dtype, work_dir=self._work_dir)
+        # the loader reads this very list; of two tensors with one name the later file's is taken
+        checkpoint_files.extend(str(file) for file in result.files)
+        patterns = unread_patterns(Structure(model), result.replaced)
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *patterns}
+        config.plan, self._result = result.plan, result
+        self.pre_quantized = True
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Drops the converters that would stack packed experts."""
+        return packed_conversions(weight_conversions, self._packed, self._dense)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        check_grids(model)
+        if self._result is not None:
+            self.report = build_report(model, self.quantization_config, self._result)
+            self.quantization_config.bits = round(average_bits(self._result.matrices), 6)
+            self._result = None
+        model.save_pretrained = types.MethodType(_save_pretrained, model)
+        return model
+
+    @contextmanager
+    def saving_to(self, directory: Path) -> Iterator[None]:
+        """While open, saving writes the report into a folder."""
+        self._save_directory = directory
+        try:
+            yield
+        finally:
+            self._save_directory = None
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Called in the middle of `save_pretrained`, before files are uploaded: the report goes beside the weights."""
+        if self._save_directory is not None:
+            if self.report is None:
+                try:
+                    self.report = read_report(model)
+                except (OSError, ValueError) as error:
+                    logger.warning("The saved model gets no report: %s", error)
+            if self.report is not None:
+                write_report(self.report, self._save_directory)
+        return None, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        dtype = dtype or model.dtype
+        for path, module in list(model.named_modules()):
+            if isinstance(module, PackedExperts | PackedLinear) and any(p.is_meta for p in module.parameters()):
+                raise ValueError(f"'{path}' is offloaded; load the model without disk offload to dequantize it.")
+        for path, module in list(model.named_modules()):
+            if isinstance(module, PackedExperts):
+                model.set_submodule(path, module.restore(dtype))
+        for path, module in list(model.named_modules()):
+            if isinstance(module, PackedLinear):
+                model.set_submodule(path, _dense_linear(module, dtype))
+        model.__dict__.pop("save_pretrained", None)
+        # names revert by the family's own mapping again, experts included
+        model.__dict__.pop("_weight_conversions", None)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Packed models can always be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients reach inputs, biases and everything that is not packed."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The loop over experts depends on the data."""
+        return False
+
+
+def _save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    """`save_pretrained` of a packed model: the model's own, with the report beside the weights."""
+    with self.hf_quantizer.saving_to(Path(save_directory)):
+        return type(self).save_pretrained(self, save_directory, *args, **kwargs)
+
+
+def replace_modules(model: Any, structure: Structure, plan: Plan, group_size: int) -> None:
+    """Put empty packed modules, on meta, in the place of every matrix of a plan."""
+    with torch.device("meta"):
+        for path, experts in structure.experts.items():
+            widths = plan.experts[path]
+            if isinstance(experts, FusedExperts):
+                guard = structure.names.is_fused_on_disk(experts)
+                packed = PackedExperts(experts, widths, group_size, structure.names.leaves(experts), guard, "meta")
+                model.set_submodule(path, packed)
+            elif isinstance(experts, ListExperts):
+                for expert in range(experts.num_experts):
+                    for p in experts.projections:
+                        name = experts.tensor(expert, p.name)
+                        _pack_linear(model, name, widths.of_role(p.role)[expert], group_size)
+        for path, bits in plan.linears.items():
+            _pack_linear(model, path, bits, group_size)
+
+
+def _pack_linear(model: Any, path: str, bits: int, group_size: int) -> None:
+    linear = model.get_submodule(path)
+    bias = linear.bias.dtype if linear.bias is not None else None
+    packed = PackedLinear(linear.in_features, linear.out_features, bits, group_size, bias, "meta")
+    model.set_submodule(path, packed)
+
+
+def _dense_linear(packed: PackedLinear, dtype: torch.dtype) -> nn.Linear:
+    linear = nn.Linear(packed.in_features, packed.out_features, packed.bias is not None, device="meta")
+    linear.weight = nn.Parameter(packed.dequantize(dtype))
+    if packed.bias is not None:
+        linear.bias = nn.Parameter(packed.bias.data.to(dtype))
+    return linear
+
+
+def check_tensors(model: Any, structure: Structure, files: list[str], packed: Mapping[str, Experts]) -> None:
+    """Compare the headers of a checkpoint with the packed modules, before anything is loaded.
+
+    Raises:
+        ValueError: a packed tensor is missing, has another shape or dtype than the plan says, or is unknown; names it.
+    """
+    state = model.state_dict()
+    wanted = {
+        f"{path}.weight": tuple(module.weight.shape)
+        for path, module in model.named_modules()
+        if isinstance(module, PackedLinear) and module.weight is not None
+    }
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    fused = tuple(f"{path}." for path, experts in packed.items() if isinstance(experts, FusedExperts))
+    unknown: list[str] = []
+    for key, tensor in Checkpoint(files).slices.items():
+        name = structure.names.renamed(key, state)
+        if name in wanted:
+            shape, want = tuple(tensor.get_shape()), wanted.pop(name)
+            if shape != want or tensor.get_dtype() != "U8":
+                raise ValueError(
+                    f"The packed tensor '{key}' is {tensor.get_dtype()} of shape {shape}, but the plan says U8 of "
+                    f"shape {want}; the checkpoint is damaged or its config.json belongs to another one."
+                )
+        elif name.startswith(fused) and name not in state and not any(_matches(p, name) for p in ignored):
+            unknown.append(key)
+    hint = f"; it has the unknown tensor '{unknown[0]}'" if unknown else ""
+    if wanted:
+        name = next(iter(wanted))
+        raise ValueError(
+            f"The checkpoint lacks the packed tensor '{structure.names.published(name)}'{hint}; it is damaged or was "
+            "renamed."
+        )
+    if unknown:
+        raise ValueError(f"The tensor '{unknown[0]}' is not part of the plan; the checkpoint is damaged or newer.")
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return re.search(pattern, name) is not None
+
+
+def check_grids(model: Any) -> None:
+    """Raise ValueError, naming the tensor, if a scale or zero of a packed matrix is not finite."""
+    for path, module in model.named_modules():
+        if isinstance(module, PackedLinear) and module.weight is not None and not module.weight.is_meta:
+            grids = module.weight.data[..., -4:].contiguous().view(torch.float16)
+            if not bool(torch.isfinite(grids).all()):
+                raise ValueError(f"The packed tensor '{path}.weight' holds scales that are not finite; it is damaged.")
+
+
+# importing twice (a reload, a second install path) must not fail
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantizer(QUANT_METHOD)(MCMoEHfQuantizer)

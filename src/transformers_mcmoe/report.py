@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of a compression: built from what the pipeline measured, kept beside the weights, read back by name.
+
+Knows results and files, not how anything was computed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy
+import safetensors
+import scipy
+import torch
+import transformers
+from torch import nn
+from transformers.utils import cached_file
+
+from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig
+from transformers_mcmoe.pipeline import Compressed, LayerResult
+from transformers_mcmoe.plan import Matrix, average_bits, bits_per_weight
+from transformers_mcmoe.version import __version__
+
+logger = logging.getLogger(__name__)
+
+REPORT_NAME = "mcmoe_report.json"
+
+
+def build_report(model: nn.Module, config: MCMoEConfig, result: Compressed) -> dict[str, Any]:
+    """Report of a compression as a JSON-serialisable dict.
+
+    Args:
+        model: the packed model.
+        config: the config it was asked for with.
+        result: what the pipeline measured.
+
+    Returns:
+        `average_bits` (codes only), `bits_per_weight` (bytes x 8 / weights over the quantized matrices, scales and
+        zeros included), `expert_bits` per layer, `activated_bytes_per_token` (bytes of weights read for one token, by
+        the calibration's routing; None without calibration), `coverage`, `errors`, `fallbacks`, `sizes` in bytes,
+        `seconds` by stage, `versions`, `config`.
+    """
+    matrices = result.matrices
+    packed = sum(matrix.packed_bytes(config.group_size) for matrix in matrices)
+    weights = sum(matrix.weights for matrix in matrices)
+    total = sum(tensor.nbytes for tensor in _tensors(model).values())
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": getattr(model.config, "name_or_path", ""),
+        "average_bits": average_bits(matrices),
+        "bits_per_weight": bits_per_weight(matrices, config.group_size),
+        "expert_bits": {path: "".join(map(str, widths.gate_up)) for path, widths in result.plan.experts.items()},
+        "activated_bytes_per_token": _activated_bytes(model, config, result),
+        "coverage": {path: _coverage(layer) for path, layer in result.layers.items() if layer.routing is not None},
+        "errors": {path: {str(b): e for b, e in layer.errors.items()} for path, layer in result.layers.items()},
+        "fallbacks": list(result.fallbacks),
+        "sizes": {
+            "quantized_weights": weights,
+            "quantized_bytes": packed,
+            "total_bytes": total,
+            "dense_bytes": total - packed + 2 * weights,  # quantized matrices at 16 bits
+        },
+        "calibration_tokens": result.tokens,
+        "seconds": result.seconds,
+        "seed": config.seed,
+        "versions": _versions(),
+        "config": config.to_dict(),
+    }
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors of the checkpoint by name, tied ones once."""
+    named = dict(model.named_parameters())
+    persistent = model.state_dict(keep_vars=True)
+    return named | {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+
+
+def _coverage(layer: LayerResult) -> dict[str, Any]:
+    if layer.routing is None:
+        return {}
+    return {
+        "tokens": layer.routing.tokens.tolist(),
+        "routing_weight": [round(weight, 4) for weight in layer.routing.weight.tolist()],
+        "starved": layer.starved,
+    }
+
+
+def _activated_bytes(model: Any, config: MCMoEConfig, result: Compressed) -> int | None:
+    if not result.tokens:
+        return None
+    inside = tuple(path + "." for path in result.plan.experts)
+    embeddings = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is embeddings.weight
+    read: float = sum(t.nbytes for name, t in _tensors(model).items() if not name.startswith(inside))
+    if not tied:  # one row of the embedding is read; a tied one is read whole as the output head
+        read -= embeddings.weight.nbytes
+    sizes = _expert_bytes(result.matrices, config.group_size)
+    for path, layer in result.layers.items():
+        if layer.routing is not None:
+            share = layer.routing.tokens.to(torch.float64) / result.tokens
+            read += sum(float(s) * sizes.get(f"{path}.{e}", 0) for e, s in enumerate(share))
+    return round(read)
+
+
+def _expert_bytes(matrices: Sequence[Matrix], group_size: int) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for matrix in matrices:
+        expert = matrix.name.rpartition(".")[0]
+        sizes[expert] = sizes.get(expert, 0) + matrix.packed_bytes(group_size)
+    return sizes
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "transformers_mcmoe": __version__,
+        "python": platform.python_version(),
+        **{module.__name__: module.__version__ for module in (torch, transformers, accelerate, safetensors)},
+        **{module.__name__: module.__version__ for module in (numpy, scipy)},
+    }
+
+
+def compression_report(model: Any) -> dict[str, Any]:
+    """The report of the compression that a packed model comes from.
+
+    Args:
+        model: a model loaded or compressed by transformers_mcmoe.
+
+    Returns:
+        The dict that `mcmoe_report.json` beside the weights holds; see `build_report`.
+
+    Raises:
+        ValueError: the model is not packed by transformers_mcmoe, or there is no report beside its weights.
+    """
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if not isinstance(getattr(quantizer, "quantization_config", None), MCMoEConfig):
+        raise ValueError(f"This {type(model).__name__} was not compressed by transformers_mcmoe; it has no report.")
+    if quantizer.report is None:
+        quantizer.report = read_report(model)
+    return quantizer.report
+
+
+def read_report(model: Any) -> dict[str, Any]:
+    """The report beside the weights that a model was loaded from, locally or on the Hub."""
+    name, commit = model.config.name_or_path, getattr(model.config, "_commit_hash", None)
+    path = cached_file(name, REPORT_NAME, revision=commit, _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        raise ValueError(f"'{name}' has no {REPORT_NAME} beside its weights; it was saved without one.")
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_report(report: Mapping[str, Any], directory: str | Path) -> None:
+    """Write a report beside saved weights."""
+    text = json.dumps(report, indent=2) + "\n"
+    (Path(directory) / REPORT_NAME).write_text(text, encoding="utf-8")

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The work folder of a compression: whose it is, its finished layers, and what is removed at the end.
+
+Knows files, not what is in them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+FINGERPRINT = "fingerprint.json"
+
+
+def fingerprint(parts: Mapping[str, Any], files: Sequence[str | Path]) -> str:
+    """Hash of everything a compression's result depends on.
+
+    Args:
+        parts: JSON-serialisable settings (versions, configs, a hash of the data).
+        files: the dense checkpoint, told apart by names, sizes and headers.
+    """
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    for file in files:
+        path = Path(file)
+        digest.update(f"{path.name}:{path.stat().st_size}:".encode())
+        with path.open("rb") as handle:
+            digest.update(handle.read(8 + int.from_bytes(handle.read(8), "little")))
+    return digest.hexdigest()
+
+
+class WorkDir:
+    """Folder of one compression.
+
+    Args:
+        path: the folder; it is made if need be.
+        mark: fingerprint of the compression.
+    """
+
+    def __init__(self, path: Path, mark: str) -> None:
+        self.path, self.mark = path, mark
+
+    def claim(self, need: int) -> None:
+        """Make the folder this compression's.
+
+        Args:
+            need: bytes that it will take at most.
+
+        Raises:
+            ValueError: the folder holds something else, or another compression.
+            OSError: the disk has too little room.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = self.path / FINGERPRINT
+        if file.is_file():
+            if json.loads(file.read_text(encoding="utf-8")).get("fingerprint") != self.mark:
+                raise ValueError(
+                    f"work_dir '{self.path}' holds a compression of another model, config, dataset or version; "
+                    "choose another folder or delete this one."
+                )
+        elif any(self.path.iterdir()):
+            raise ValueError(f"work_dir '{self.path}' holds files that are not ours; choose an empty or a new folder.")
+        free = shutil.disk_usage(self.path).free
+        if free < need:
+            raise OSError(
+                f"work_dir '{self.path}' has {free / 1e9:.1f} GB free, but up to {need / 1e9:.1f} GB are needed; "
+                "choose a work_dir on a larger disk."
+            )
+        _write_atomically(file, json.dumps({"fingerprint": self.mark}))
+
+    def write_layer(self, index: int, tensors: dict[str, Tensor]) -> Path:
+        """Write the packed tensors of one layer: all of them or none."""
+        path = self.path / f"layer-{index:05d}.safetensors"
+        temporary = path.with_suffix(".tmp")
+        save_file(tensors, temporary, metadata={"format": "pt", "fingerprint": self.mark})
+        os.replace(temporary, path)
+        return path
+
+    def clean(self) -> None:
+        """Remove hidden states and samples; finished layers stay."""
+        for file in [*self.path.glob("*.bin"), *self.path.glob("*.tmp")]:
+            file.unlink()
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def replace_directory(new: Path, output: Path) -> None:
+    """Put a finished folder in the place of another; the old one is whole until the new one stands."""
+    old = output.with_name(output.name + ".old")
+    if old.exists():
+        if not output.exists():  # an earlier run was killed between the two renames
+            old.rename(output)
+        else:
+            shutil.rmtree(old)
+    if output.exists():
+        output.rename(old)
+    new.rename(output)
+    if old.exists():
+        shutil.rmtree(old)

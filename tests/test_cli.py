@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: compression, errors in one sentence, and a kill that loses nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny import load_class, save_dense, tokens
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from transformers_mcmoe import compression_report
+from transformers_mcmoe.cli import app
+
+WORDS = [f"w{i}" for i in range(300)]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A tiny checkpoint with a tokenizer, and calibration text."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_dense("mixtral", folder / "dense")
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {word: 3 + i for i, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder / "dense")
+    ids = tokens(64, 32).flatten().tolist()
+    (folder / "text.txt").write_text(" ".join(WORDS[i % 300] for i in ids))
+    return folder
+
+
+def _arguments(folder, output, *more):
+    options = ["--bits", "3.0", "--dataset", str(folder / "text.txt"), "--num-samples", "16", "--seq-len", "32"]
+    return ["compress", str(folder / "dense"), "--output", str(output), *options, *more]
+
+
+def test_compress(dense, tmp_path):
+    output = tmp_path / "out"
+    result = CliRunner().invoke(app, _arguments(dense, output, "--budget", "model"))
+    assert result.exit_code == 0, result.output
+    assert "average bits" in result.output
+    model = load_class(output).from_pretrained(output)
+    assert compression_report(model)["config"]["budget"] == "model"
+    assert PreTrainedTokenizerFast.from_pretrained(output).eos_token == "</s>"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "transformers_mcmoe", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "compress" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--bits", "9"], "bits=9.0 is not valid"),
+        (["--bits", "1.01"], "cannot be met"),
+        (["--allocation", "best"], "allocation='best'"),
+        (["--num-samples", "100000"], "lower num_samples"),
+        (["--dataset", "nothing.txt"], "is no file"),
+    ],
+)
+def test_errors_are_one_sentence_and_touch_nothing(dense, tmp_path, more, message):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").write_text("old")
+    result = CliRunner().invoke(app, _arguments(dense, output, *more))
+    assert result.exit_code == 1
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+    assert (output / "old").read_text() == "old"
+
+
+def test_killed_run_leaves_the_old_output_and_can_be_repeated(dense, tmp_path):
+    output = tmp_path / "out"
+    first = CliRunner().invoke(app, _arguments(dense, output))
+    assert first.exit_code == 0, first.output
+    before = {file.name: file.read_bytes() for file in output.iterdir()}
+    command = [sys.executable, "-m", "transformers_mcmoe", *_arguments(dense, output, "--seed", "1")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    layer = tmp_path / "out.work" / "layer-00000.safetensors"
+    for _ in range(6000):  # killed once the first layer is finished
+        if layer.exists() or running.poll() is not None:
+            break
+        time.sleep(0.01)
+    assert running.poll() is None, "the run ended before it could be killed"
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert {file.name: file.read_bytes() for file in output.iterdir()} == before
+    assert layer.exists()
+    again = CliRunner().invoke(app, _arguments(dense, output, "--seed", "1"))
+    assert again.exit_code == 0, again.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    model = load_class(output).from_pretrained(output, dtype=torch.float32)
+    assert compression_report(model)["seed"] == 1

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.ops.mcmoe.packed_linear against dense linear layers: values, gradients, fakes and opcheck."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import relative_rms
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+
+from transformers_mcmoe.kernels import ops  # noqa: F401
+from transformers_mcmoe.quantization import WIDTHS, dequantize, pack, quantize
+
+OUT = 24
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+
+
+def _matrix(bits: int, in_features: int) -> Tensor:
+    weight = torch.randn(OUT, in_features, generator=torch.Generator().manual_seed(bits))
+    return pack(quantize(weight, bits, 96 if in_features % 96 == 0 else 128))
+
+
+def _random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("in_features", [192, 128, 200, 48])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_equals_dense(bits: int, in_features: int, with_bias: bool, dtype: torch.dtype):
+    qweight = _matrix(bits, in_features)
+    dense = dequantize(qweight, bits, in_features, dtype)
+    bias = _random(OUT, dtype=dtype, seed=1) if with_bias else None
+    for shape in ((0,), (1,), (5,), (2, 3), (2, 0), (2, 3, 4)):
+        x = _random(*shape, in_features, dtype=dtype)
+        y = torch.ops.mcmoe.packed_linear(x, qweight, bias, bits, in_features)
+        assert y.shape == (*shape, OUT)
+        assert y.dtype == dtype
+        if y.numel():
+            exact = functional.linear(x.double(), dense.double(), bias.double() if with_bias else None)
+            assert relative_rms(y, exact) <= TOLERANCE[dtype]
+        assert torch.equal(y, functional.linear(x, dense, bias))
+
+
+def test_one_dimension():
+    qweight = _matrix(3, 128)
+    x, bias = _random(128).requires_grad_(), _random(OUT, seed=1).requires_grad_()
+    y = torch.ops.mcmoe.packed_linear(x, qweight, bias, 3, 128)
+    assert torch.allclose(y, functional.linear(x, dequantize(qweight, 3, 128), bias), atol=1e-5)
+    dy = _random(OUT, seed=2)
+    y.backward(dy)
+    assert torch.allclose(x.grad, dy @ dequantize(qweight, 3, 128), atol=1e-5)
+    assert torch.equal(bias.grad, dy)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("in_features", [192, 200])
+@pytest.mark.parametrize("shape", [(0,), (1,), (5,), (2, 3)])
+def test_gradients_equal_dense(bits: int, in_features: int, shape: tuple[int, ...]):
+    qweight = _matrix(bits, in_features)
+    dense = dequantize(qweight, bits, in_features)
+    inputs = [(_random(*shape, in_features).requires_grad_(), _random(OUT, seed=1).requires_grad_()) for _ in range(2)]
+    (x, bias), (dense_x, dense_bias) = inputs
+    weight = _random(*shape, OUT, seed=2)
+    (torch.ops.mcmoe.packed_linear(x, qweight, bias, bits, in_features) * weight).sum().backward()
+    (functional.linear(dense_x, dense, dense_bias) * weight).sum().backward()
+    assert x.grad.shape == x.shape
+    assert torch.allclose(bias.grad, dense_bias.grad, rtol=1e-5, atol=1e-6)
+    if x.numel():
+        assert relative_rms(x.grad, dense_x.grad) <= 1e-6
+    assert qweight.grad is None
+    assert not qweight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradient_dtypes(dtype: torch.dtype):
+    qweight = _matrix(4, 192)
+    dense = dequantize(qweight, 4, 192, dtype)
+    x, bias = _random(5, 192, dtype=dtype).requires_grad_(), _random(OUT, dtype=dtype, seed=1).requires_grad_()
+    dy = _random(5, OUT, dtype=dtype, seed=2)
+    torch.ops.mcmoe.packed_linear(x, qweight, bias, 4, 192).backward(dy)
+    assert x.grad.dtype == bias.grad.dtype == dtype
+    assert relative_rms(x.grad, dy.double() @ dense.double()) <= TOLERANCE[dtype]
+    assert relative_rms(bias.grad, dy.double().sum(0)) <= TOLERANCE[dtype]
+
+
+def test_only_wanted_gradients():
+    qweight = _matrix(2, 128)
+    x, bias = _random(5, 128), _random(OUT, seed=1).requires_grad_()
+    torch.ops.mcmoe.packed_linear(x, qweight, bias, 2, 128).sum().backward()
+    assert x.grad is None
+    assert torch.equal(bias.grad, torch.full((OUT,), 5.0))
+    x.requires_grad_()
+    torch.ops.mcmoe.packed_linear(x, qweight, None, 2, 128).sum().backward()
+    assert x.grad is not None
+    assert not torch.ops.mcmoe.packed_linear(x.detach(), qweight, None, 2, 128).requires_grad
+
+
+def test_inputs_are_not_changed():
+    qweight, x, bias = _matrix(3, 192), _random(5, 192), _random(OUT, seed=1)
+    before = [t.clone() for t in (qweight, x, bias)]
+    torch.ops.mcmoe.packed_linear(x, qweight, bias, 3, 192)
+    assert all(torch.equal(a, b) for a, b in zip((qweight, x, bias), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("shape", "bits", "with_bias"), [((5, 192), 3, True), ((2, 3, 200), 8, False), ((0, 200), 1, True)]
+)
+def test_opcheck(shape: tuple[int, ...], bits: int, with_bias: bool):
+    x = _random(*shape).requires_grad_()
+    bias = _random(OUT, seed=1).requires_grad_() if with_bias else None
+    qweight = _matrix(bits, shape[-1])
+    torch.library.opcheck(torch.ops.mcmoe.packed_linear.default, (x, qweight, bias, bits, shape[-1]))
+
+
+def test_opcheck_strided_input():
+    x = _random(2, 192, 3).transpose(1, 2)
+    torch.library.opcheck(
+        torch.ops.mcmoe.packed_linear.default,
+        (x, _matrix(3, 192), None, 3, 192),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("shape", [(0, 192), (5, 192), (2, 3, 192)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_meta_shape(shape: tuple[int, ...], dtype: torch.dtype):
+    x, qweight = torch.empty(shape, dtype=dtype, device="meta"), _matrix(3, 192).to("meta")
+    y = torch.ops.mcmoe.packed_linear(x, qweight, None, 3, 192)
+    assert y.is_meta
+    assert (y.shape, y.dtype) == ((*shape[:-1], OUT), dtype)
+
+
+def test_fake_tensors():
+    x, qweight = _random(5, 192), _matrix(3, 192)
+    with FakeTensorMode() as mode:
+        x, qweight = mode.from_tensor(x), mode.from_tensor(qweight)
+        assert torch.ops.mcmoe.packed_linear(x, qweight, None, 3, 192).shape == (5, OUT)
+
+
+def test_wrong_columns_raise():
+    with pytest.raises(RuntimeError):
+        torch.ops.mcmoe.packed_linear(_random(5, 191), _matrix(3, 192), None, 3, 192)
+    with pytest.raises(RuntimeError, match="x has 191 columns, the matrix has 192"):
+        torch.ops.mcmoe.packed_linear(torch.empty(5, 191, device="meta"), _matrix(3, 192).to("meta"), None, 3, 192)

@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading, saving and refusing: transformers' hooks as a user meets them."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import compressed, load_class, quick_config, relative_rms, save_dense, tokens
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from transformers_mcmoe import MCMoEConfig, PackedExperts, PackedLinear, Plan, compression_report
+from transformers_mcmoe.plan import ExpertWidths
+
+IDS = tokens(2, 16, seed=1)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save_dense("mixtral", tmp_path_factory.mktemp("mixtral") / "dense")
+
+
+@pytest.fixture(scope="module")
+def packed(dense, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed") / "packed"
+    compressed(dense).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(packed, tmp_path):
+    return shutil.copytree(packed, tmp_path / "copy")
+
+
+def _rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _load(folder, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(folder, **({"dtype": torch.float32} | kwargs))
+
+
+# --- the user's objects -------------------------------------------------------------------------------------------
+
+
+def test_config_is_not_changed_and_can_be_used_again(dense):
+    config = quick_config()
+    first, second = compressed(dense, config), compressed(dense, config)
+    assert config.plan is None
+    assert first.config.quantization_config.plan == second.config.quantization_config.plan
+    assert torch.equal(first(IDS).logits, second(IDS).logits)
+
+
+def test_config_json_holds_the_plan_and_no_integer_bits(packed):
+    saved = json.loads((packed / "config.json").read_text())["quantization_config"]
+    assert saved["quant_method"] == "mcmoe"
+    assert saved["format_version"] == 1
+    assert "bits" not in saved
+    assert saved["average_bits"] == pytest.approx(compression_report(_load(packed))["average_bits"], abs=1e-5)
+    assert set(saved["plan"]["experts"]) == {f"model.layers.{i}.mlp.experts" for i in range(2)}
+    assert saved["plan"]["linears"]["model.layers.*.self_attn.q_proj"] == "44"
+
+
+def test_published_names(packed):
+    names = set(load_file(packed / "model.safetensors"))
+    assert "model.layers.0.block_sparse_moe.experts.7.w2.weight" in names
+    assert "model.layers.1.self_attn.o_proj.weight" in names
+    assert not [name for name in names if ".mlp." in name]
+
+
+def test_deepcopy_dequantizes_on_its_own(packed):
+    model = _load(packed)
+    other = copy.deepcopy(model).dequantize()
+    assert any(isinstance(module, PackedExperts) for module in model.modules())
+    assert relative_rms(model(IDS).logits, other(IDS).logits) <= 1e-5
+
+
+def test_loading_makes_no_dense_copy(packed):
+    model = _load(packed)
+    experts = model.model.layers[0].mlp.experts
+    assert isinstance(experts, PackedExperts)
+    parameters = dict(experts.named_parameters())
+    assert {p.dtype for p in parameters.values()} == {torch.uint8}
+    assert all(p.dim() == 3 and not p.requires_grad for p in parameters.values())
+    assert not list(experts.buffers())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_casts_leave_packed_bytes_alone(packed, dtype):
+    full, half = _load(packed), _load(packed, dtype=dtype)
+    cast = _load(packed).to(dtype)
+    for (name, a), (_, b), (_, c) in zip(
+        full.named_parameters(), half.named_parameters(), cast.named_parameters(), strict=True
+    ):
+        if a.dtype == torch.uint8:
+            assert torch.equal(a, b), name
+            assert torch.equal(a, c), name
+        else:
+            assert b.dtype == c.dtype == dtype
+    assert torch.isfinite(half(IDS).logits).all()
+
+
+def test_gradients_reach_what_is_not_packed(packed):
+    model = _load(packed)
+    model(IDS, labels=IDS).loss.backward()
+    assert model.model.embed_tokens.weight.grad.abs().sum() > 0
+    assert model.model.layers[0].mlp.gate.weight.grad.abs().sum() > 0
+
+
+def test_save_twice_is_byte_identical(packed, tmp_path):
+    model = _load(packed)
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (packed / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "mcmoe_report.json").read_text() == (packed / "mcmoe_report.json").read_text()
+
+
+def test_sharded_save(packed, tmp_path):
+    model = _load(packed)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    assert torch.equal(_load(tmp_path / "sharded")(IDS).logits, model(IDS).logits)
+
+
+def test_device_map_auto(packed):
+    assert torch.equal(_load(packed, device_map="auto")(IDS).logits, _load(packed)(IDS).logits)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "granitemoe"])
+def test_disk_offload(family, tmp_path):
+    compressed(save_dense(family, tmp_path / "dense")).save_pretrained(tmp_path / "packed")
+    plain = _load(tmp_path / "packed")
+    device_map = {"lm_head": "cpu", "model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = _load(tmp_path / "packed", device_map=device_map, offload_folder=tmp_path / "offload")
+    experts = model.model.layers[1].mlp.experts if family != "granitemoe" else None
+    if experts is not None:
+        assert all(p.is_meta for p in experts.parameters() if p.numel())
+    assert torch.equal(model(IDS).logits, plain(IDS).logits)
+    model.save_pretrained(tmp_path / "saved")
+    again = _load(tmp_path / "saved")
+    assert torch.equal(again(IDS).logits, plain(IDS).logits)
+    with pytest.raises(ValueError, match="offloaded"):
+        model.dequantize()
+
+
+def test_disk_offload_while_compressing_is_refused(dense, tmp_path):
+    device_map = {"model": "cpu", "lm_head": "disk"}
+    with pytest.raises(ValueError, match="device_map puts modules on disk"):
+        compressed(dense, device_map=device_map, offload_folder=tmp_path)
+
+
+def test_work_dir_keeps_layers_and_nothing_else(dense, tmp_path):
+    work = tmp_path / "work"
+    model = compressed(dense, quick_config(work_dir=work))
+    assert sorted(f.name for f in work.iterdir()) == [
+        "fingerprint.json",
+        "layer-00000.safetensors",
+        "layer-00001.safetensors",
+    ]
+    again = compressed(dense, quick_config(work_dir=work))  # the same compression may use its folder again
+    assert torch.equal(model(IDS).logits, again(IDS).logits)
+
+
+def test_sixteen_bits_leave_attention(dense):
+    model = compressed(dense, quick_config(attention_bits=16, bits=2.5))
+    assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert compression_report(model)["average_bits"] == 2.5
+
+
+def test_modules_to_not_convert(dense, tmp_path):
+    skip = ["model.layers.0.mlp.experts", "model.layers.1.self_attn.q_proj"]
+    model = compressed(dense, quick_config(modules_to_not_convert=skip, bits=3.0))
+    assert not isinstance(model.model.layers[0].mlp.experts, PackedExperts)
+    assert isinstance(model.model.layers[1].mlp.experts, PackedExperts)
+    assert type(model.model.layers[1].self_attn.q_proj) is nn.Linear
+    original = _load(dense).model.layers[0].mlp.experts
+    assert torch.equal(model.model.layers[0].mlp.experts.gate_up_proj, original.gate_up_proj)
+    model.save_pretrained(tmp_path / "packed")
+    again = _load(tmp_path / "packed")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_given_plan_with_a_dropped_expert_and_mixed_widths(dense, tmp_path):
+    gate_up, down = (0, 1, 2, 3, 4, 8, 1, 2), (0, 2, 1, 4, 3, 8, 1, 2)
+    plan = Plan({f"model.layers.{i}.mlp.experts": ExpertWidths(gate_up, down) for i in range(2)})
+    model = compressed(dense, MCMoEConfig(plan=plan.to_dict()))
+    assert compression_report(model)["expert_bits"]["model.layers.0.mlp.experts"] == "01234812"
+    experts = model.model.layers[0].mlp.experts
+    assert "0" not in dict(experts.named_children())
+    assert (experts.linear(3, "gate_proj").bits, experts.linear(3, "down_proj").bits) == (3, 4)
+    model.save_pretrained(tmp_path / "packed")
+    again = _load(tmp_path / "packed")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert not [n for n in load_file(tmp_path / "packed" / "model.safetensors") if ".experts.0." in n]
+    assert relative_rms(model(IDS).logits, again.dequantize()(IDS).logits) <= 1e-5
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+def test_no_experts(tmp_path):
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot be compressed: it has no MoE experts"):
+        compressed(tmp_path)
+
+
+def test_unsupported_experts_are_named(tmp_path):
+    from transformers import JetMoeConfig, JetMoeForCausalLM
+
+    config = JetMoeConfig(
+        vocab_size=320, hidden_size=32, num_hidden_layers=1, num_key_value_heads=2, kv_channels=8, intermediate_size=32
+    )
+    JetMoeForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match=r"JetMoeParallelExperts at 'model\.layers\.0"):
+        compressed(tmp_path)
+
+
+def test_unknown_experts_class_is_named(dense):
+    from transformers_mcmoe.models.experts import find_experts
+
+    class StrangeExperts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cube = nn.Parameter(torch.zeros(2, 3, 4))
+
+    model = _load(dense)
+    model.model.layers[1].mlp.experts = StrangeExperts()
+    with pytest.raises(NotImplementedError, match=r"StrangeExperts at 'model\.layers\.1\.mlp\.experts'"):
+        find_experts(model)
+
+
+@pytest.mark.parametrize("bits", [0.9, 3.5])
+def test_infeasible_average(dense, bits):
+    with pytest.raises(ValueError, match=rf"bits={bits} cannot be met.*lies between 1\.\d+ and 3\.\d+"):
+        compressed(dense, quick_config(bits=bits))
+
+
+def test_datasets_that_do_not_do(dense, tmp_path):
+    with pytest.raises(ValueError, match="no tokenizer"):
+        compressed(dense, quick_config(dataset=["some text"], seq_len=8))
+    (tmp_path / "empty.txt").write_text("")
+    tokenizer = _Characters()
+    with pytest.raises(ValueError, match="is empty"):
+        compressed(dense, quick_config(dataset=str(tmp_path / "empty.txt"), tokenizer=tokenizer, seq_len=8))
+    with pytest.raises(ValueError, match="gives 12 tokens, 1 sequences of 8, but num_samples=4"):
+        compressed(dense, quick_config(dataset=["some texts."], tokenizer=tokenizer, num_samples=4, seq_len=8))
+    with pytest.raises(ValueError, match="longer than the 128 positions"):
+        compressed(dense, quick_config(dataset=["some text"], tokenizer=tokenizer, seq_len=256))
+    with pytest.raises(ValueError, match="reach id 5000"):
+        compressed(dense, quick_config(dataset=torch.full((8, 8), 5000)))
+
+
+class _Characters:
+    eos_token_id = 2
+
+    def __call__(self, text, **kwargs):
+        return {"input_ids": [3 + ord(c) % 100 for c in text]}
+
+
+def test_missing_packed_tensor_is_named(copied):
+    name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    _rewrite(copied, lambda tensors: tensors.pop(name))
+    with pytest.raises(ValueError, match=rf"lacks the packed tensor '{name}'"):
+        _load(copied)
+
+
+def test_misnamed_packed_tensor_is_named(copied):
+    name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    _rewrite(copied, lambda tensors: tensors.update({name.replace("w2", "w9"): tensors.pop(name)}))
+    with pytest.raises(ValueError, match=rf"lacks the packed tensor '{name}'.*unknown tensor '.*w9\.weight'"):
+        _load(copied)
+
+
+def test_unknown_tensor_among_the_experts_is_named(copied):
+    _rewrite(copied, lambda t: t.update({"model.layers.0.block_sparse_moe.experts.0.extra": torch.zeros(3)}))
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\.block_sparse_moe\.experts\.0\.extra' is not part"):
+        _load(copied)
+
+
+@pytest.mark.parametrize("damage", ["shape", "dtype", "linear"])
+def test_damaged_packed_tensor_is_named(copied, damage):
+    name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    name = "model.layers.0.self_attn.q_proj.weight" if damage == "linear" else name
+    change = {"shape": lambda t: t[:-1].clone(), "dtype": lambda t: t.to(torch.int8), "linear": lambda t: t[0].clone()}
+    _rewrite(copied, lambda tensors: tensors.update({name: change[damage](tensors[name])}))
+    with pytest.raises(ValueError, match=rf"packed tensor '{name}' is .* but the plan says U8"):
+        _load(copied)
+
+
+def test_scale_that_is_not_finite_is_named(copied):
+    name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+
+    def damage(tensors):
+        tensors[name][5, 0, -4:] = 255
+
+    _rewrite(copied, damage)
+    with pytest.raises(ValueError, match=r"experts\.0\.w1\.weight' holds scales that are not finite"):
+        _load(copied)
+
+
+def test_truncated_file_is_named(copied):
+    file = copied / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-64])
+    with pytest.raises(Exception, match=r"model\.safetensors|incomplete"):
+        _load(copied)
+
+
+def test_newer_format_is_refused(copied):
+    config = json.loads((copied / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 2
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="format version 2"):
+        _load(copied)
+
+
+def test_plan_that_does_not_fit(dense):
+    plan = Plan({"model.layers.0.mlp.experts": ExpertWidths.of([2] * 8)})
+    with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp\.experts' is missing"):
+        compressed(dense, MCMoEConfig(plan=plan.to_dict()))
+    plan = Plan({f"model.layers.{i}.mlp.experts": ExpertWidths.of([2] * 4) for i in range(2)})
+    with pytest.raises(ValueError, match="has 4 widths, but it has 8 experts"):
+        compressed(dense, MCMoEConfig(plan=plan.to_dict()))
+
+
+def test_foreign_work_dir(dense, tmp_path):
+    work = tmp_path / "work"
+    compressed(dense, quick_config(work_dir=work))
+    with pytest.raises(ValueError, match="another model, config, dataset or version"):
+        compressed(dense, quick_config(work_dir=work, seed=1))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("text")
+    with pytest.raises(ValueError, match="not ours"):
+        compressed(dense, quick_config(work_dir=tmp_path / "mine"))
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "text"
+
+
+def test_too_little_max_memory(dense):
+    with pytest.raises(ValueError, match="max_memory='1MB' is too little"):
+        compressed(dense, quick_config(max_memory="1MB"))
+
+
+def test_report_of_a_dense_model(dense):
+    with pytest.raises(ValueError, match="was not compressed"):
+        compression_report(_load(dense))
+
+
+def test_packed_linears_are_found_by_class(packed):
+    linears = [m for m in _load(packed).modules() if isinstance(m, PackedLinear)]
+    assert len(linears) == 2 * (8 * 3 + 4)
+
+
+def test_load_class_is_the_saved_one(packed):
+    assert load_class(packed).__name__ == "MixtralForCausalLM"

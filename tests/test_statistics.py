@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What calibration measures: additive counts, uniform samples, and errors equal to those of the whole MoE block."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralSparseMoeBlock
+
+from transformers_mcmoe.calibration import statistics
+from transformers_mcmoe.calibration.statistics import (
+    FEW_TOKENS,
+    SAMPLE,
+    ExpertInputs,
+    RoutingStatistics,
+    output_errors,
+)
+from transformers_mcmoe.models.experts import FusedExperts
+from transformers_mcmoe.quantization import quantize
+
+H = 8
+
+
+def output_error(experts, expert, sample, matrices):
+    return output_errors(experts, expert, sample, [matrices])[0]
+
+
+def _numbered(start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Tokens [n, H] whose first column is their number, and weights that tell the number, too."""
+    number = torch.arange(start, stop, dtype=torch.float32)
+    return number[:, None].expand(-1, H).contiguous(), 0.5 + number / 2
+
+
+class TestRouting:
+    def test_zeros(self):
+        routing = RoutingStatistics.zeros(3)
+        assert routing.tokens.tolist() == [0, 0, 0]
+        assert routing.tokens.dtype == torch.int64
+        assert routing.weight.dtype == torch.float64
+
+    def test_additive(self, tmp_path: Path):
+        """Parts counted apart give the counts of the whole."""
+        random = torch.Generator().manual_seed(0)
+        calls = [
+            (int(torch.randint(0, 4, (), generator=random)), torch.randn(n, H), torch.rand(n, generator=random))
+            for n in (3, 50, 1, 20, 7, 0, 11)
+        ]
+        whole = ExpertInputs(4, tmp_path / "whole", 0)
+        parts = [ExpertInputs(4, tmp_path / f"part{i}", 0) for i in range(2)]
+        for i, call in enumerate(calls):
+            whole.record(*call)
+            parts[i % 2].record(*call)
+        total = parts[0].routing + parts[1].routing
+        assert torch.equal(total.tokens, whole.routing.tokens)
+        assert torch.allclose(total.weight, whole.routing.weight, rtol=1e-12)
+        assert int(total.tokens.sum()) == sum(len(x) for _, x, _ in calls)
+        for expert in range(4):
+            expected = sum(w.double().sum() for e, _, w in calls if e == expert)
+            assert float(total.weight[expert]) == pytest.approx(float(expected))
+        assert int(parts[0].routing.tokens.sum()) < int(total.tokens.sum())  # the operands are unchanged
+
+    def test_weights_applied_outside_count_as_one(self, tmp_path: Path):
+        inputs = ExpertInputs(2, tmp_path / "x", 0)
+        inputs.record(1, torch.randn(40, H), None)
+        assert inputs.routing.weight.tolist() == [0.0, 40.0]
+        assert (inputs.sample(1).weight == 1).all()
+
+
+class TestSample:
+    @pytest.mark.parametrize("count", [FEW_TOKENS, 100, SAMPLE])
+    @pytest.mark.parametrize("chunk", [1, 7, 10**6])
+    def test_all_are_kept_up_to_the_size(self, tmp_path: Path, count: int, chunk: int):
+        inputs = ExpertInputs(3, tmp_path / "x", 0)
+        x, weights = _numbered(0, count)
+        for part in range(0, count, chunk):
+            inputs.record(1, x[part : part + chunk], weights[part : part + chunk])
+        sample = inputs.sample(1)
+        assert torch.equal(sample.x, x)
+        assert torch.equal(sample.weight, weights)
+        assert sample.scale == 1.0
+        assert inputs.routing.tokens.tolist() == [0, count, 0]
+
+    def test_empty_calls(self, tmp_path: Path):
+        inputs = ExpertInputs(3, tmp_path / "x", 0)
+        inputs.record(0, torch.empty(0, H), torch.empty(0))
+        inputs.record(0, torch.empty(0, H), None)
+        assert int(inputs.routing.tokens.sum()) == 0
+
+    @pytest.mark.parametrize("chunk", [100, 1024, 5000])
+    def test_above_the_size(self, tmp_path: Path, chunk: int):
+        inputs = ExpertInputs(2, tmp_path / "x", 0)
+        x, weights = _numbered(0, 5000)
+        for part in range(0, 5000, chunk):
+            inputs.record(1, x[part : part + chunk], weights[part : part + chunk])
+        sample = inputs.sample(1)
+        number = sample.x[:, 0]
+        assert sample.x.shape == (SAMPLE, H)
+        assert sample.scale == 5000 / SAMPLE
+        assert len(number.unique()) == SAMPLE  # without repetition
+        assert (sample.x == number[:, None]).all()
+        assert torch.equal(sample.weight, 0.5 + number / 2)  # every token keeps its own weight
+        assert inputs.routing.tokens.tolist() == [0, 5000]
+        assert float(inputs.routing.weight[1]) == pytest.approx(float(weights.double().sum()))
+        # the mean number of a uniform sample: 2499.5, standard deviation 1443 sqrt((1 - 1024 / 5000) / 1024) = 40
+        assert abs(float(number.mean()) - 2499.5) < 5 * 40
+
+    @pytest.mark.parametrize("chunk", [5, 13, 160])
+    def test_uniform(self, tmp_path: Path, chunk: int, monkeypatch):
+        """Every one of 160 tokens is in a sample of 16 equally often, whatever its place and the size of a call."""
+        monkeypatch.setattr(statistics, "SAMPLE", 16)
+        monkeypatch.setattr(statistics, "FEW_TOKENS", 1)
+        x, weights = _numbered(0, 160)
+        hits, runs = torch.zeros(160), 200
+        for seed in range(runs):
+            inputs = ExpertInputs(1, tmp_path / "x", seed)
+            for part in range(0, 160, chunk):
+                inputs.record(0, x[part : part + chunk], weights[part : part + chunk])
+            hits[inputs.sample(0).x[:, 0].long()] += 1
+        assert int(hits.sum()) == 16 * runs
+        expected, variance = runs / 10, runs * 0.1 * 0.9
+        chi2 = float(((hits - expected) ** 2 / variance).sum())
+        # chi-squared with 159 degrees of freedom: mean 159, standard deviation 17.8
+        assert 159 - 5 * 17.8 < chi2 < 159 + 5 * 17.8
+        for part in hits.split(16):  # no place in the stream is favoured: 320 expected, standard deviation <= 17
+            assert abs(float(part.sum()) - 16 * expected) < 5 * math.sqrt(16 * variance)
+
+    def test_seed(self, tmp_path: Path):
+        numbers = []
+        for i, seed in enumerate((0, 0, 1)):
+            inputs = ExpertInputs(1, tmp_path / str(i), seed)
+            inputs.record(0, *_numbered(0, 3000))
+            numbers.append(inputs.sample(0).x[:, 0].clone())
+        assert torch.equal(numbers[0], numbers[1])
+        assert not torch.equal(numbers[0], numbers[2])
+
+    def test_experts_do_not_mix(self, tmp_path: Path):
+        inputs = ExpertInputs(2, tmp_path / "x", 0)
+        for _ in range(3):
+            inputs.record(0, *_numbered(0, 700))
+            inputs.record(1, *_numbered(1000, 1700))
+        assert (inputs.sample(0).x < 700).all()
+        assert (inputs.sample(1).x >= 1000).all()
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision(self, tmp_path: Path, dtype: torch.dtype):
+        inputs = ExpertInputs(1, tmp_path / "x", 0)
+        x = torch.randn(50, H).to(dtype)
+        inputs.record(0, x, torch.rand(50).to(dtype))
+        assert inputs.sample(0).x.dtype == dtype
+        assert torch.equal(inputs.sample(0).x, x)
+        assert inputs.sample(0).weight.dtype == torch.float32
+
+    def test_inputs_lie_in_a_file(self, tmp_path: Path):
+        inputs = ExpertInputs(4, tmp_path / "x.bin", 0)
+        inputs.record(2, torch.randn(40, H), None)
+        assert (tmp_path / "x.bin").stat().st_size == 4 * SAMPLE * H * 4
+
+    def test_starved(self, tmp_path: Path):
+        inputs = ExpertInputs(4, tmp_path / "x", 0)
+        for expert, count in enumerate((500, FEW_TOKENS - 1, FEW_TOKENS, 0)):
+            x, _ = _numbered(1000 * expert, 1000 * expert + count)
+            inputs.record(expert, x, torch.full((count,), 0.25 * (expert + 1)))
+        assert [inputs.is_starved(expert) for expert in range(4)] == [False, True, False, True]
+        routing = inputs.routing
+        mean = float(routing.weight.sum() / routing.tokens.sum())
+        for expert in (1, 3):
+            sample = inputs.sample(expert)
+            # SAMPLE / (4 E) = 64 tokens of each expert at most, or all that it has
+            assert [int((sample.x[:, 0] // 1000 == e).sum()) for e in range(4)] == [64, FEW_TOKENS - 1, FEW_TOKENS, 0]
+            assert sample.weight.tolist() == pytest.approx([mean] * len(sample.x))
+            assert sample.scale == pytest.approx(int(routing.tokens[expert]) / len(sample.x))
+        assert inputs.sample(2).x.shape == (FEW_TOKENS, H)
+
+    def test_many_starved_experts(self, tmp_path: Path):
+        """More experts than a quarter of a sample: one token of each."""
+        inputs = ExpertInputs(2 * SAMPLE, tmp_path / "x", 0)
+        for expert in range(0, 2 * SAMPLE, 64):
+            inputs.record(expert, torch.full((2, 1), float(expert)), None)
+        assert inputs.sample(1).x.shape == (2 * SAMPLE // 64, 1)
+        assert inputs.sample(1).scale == 0.0
+
+    def test_no_token_at_all(self, tmp_path: Path):
+        inputs = ExpertInputs(4, tmp_path / "x", 0)
+        with pytest.raises(ValueError, match="No calibration token reached any expert of this layer; use other"):
+            inputs.sample(0)
+        inputs.record(0, torch.empty(0, H), None)
+        with pytest.raises(ValueError, match="No calibration token reached"):
+            inputs.sample(0)
+
+
+def _block() -> MixtralSparseMoeBlock:
+    config = MixtralConfig(hidden_size=32, intermediate_size=64, num_local_experts=4, num_experts_per_tok=2)
+    block = MixtralSparseMoeBlock(config).eval()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return block
+
+
+class TestOutputError:
+    def _observed(self, block: MixtralSparseMoeBlock, x: Tensor, path: Path) -> tuple[FusedExperts, ExpertInputs]:
+        experts = FusedExperts("experts", block.experts)
+        inputs = ExpertInputs(4, path, 0)
+        with torch.no_grad(), experts.observe(inputs.record):
+            for part in x.split(64, dim=1):
+                block(part.contiguous())
+        return experts, inputs
+
+    def _replacement(self, experts: FusedExperts, expert: int) -> dict[str, Tensor]:
+        return {p.name: quantize(experts.matrix(expert, p.name), 2, 32).dequantize() for p in experts.projections}
+
+    @torch.no_grad()
+    def test_equals_the_block(self, tmp_path: Path):
+        block, x = _block(), torch.randn(2, 200, 32)
+        experts, inputs = self._observed(block, x, tmp_path / "x")
+        assert isinstance(block.experts, MixtralExperts)
+        assert int(inputs.routing.tokens.sum()) == 800  # T * K
+        for expert in range(4):
+            assert not inputs.is_starved(expert)
+            matrices = self._replacement(experts, expert)
+            error = output_error(experts, expert, inputs.sample(expert), matrices)
+            before = block(x)
+            dense = {name: experts.matrix(expert, name).clone() for name in matrices}
+            for name, matrix in matrices.items():
+                experts.matrix(expert, name).copy_(matrix)
+            after = block(x)
+            for name, matrix in dense.items():
+                experts.matrix(expert, name).copy_(matrix)
+            assert error == pytest.approx(float((after - before).double().norm()), rel=1e-5)
+            assert error > 0.1
+
+    @torch.no_grad()
+    def test_estimate_from_a_sample(self, tmp_path: Path, monkeypatch):
+        """A quarter of the tokens, scaled up, gives the error of all within a few per cent."""
+        block, x = _block(), torch.randn(2, 900, 32)
+        experts, every = self._observed(block, x, tmp_path / "every")
+        replaced = [self._replacement(experts, expert) for expert in range(4)]
+        exact = [output_error(experts, expert, every.sample(expert), replaced[expert]) for expert in range(4)]
+        monkeypatch.setattr(statistics, "SAMPLE", 256)
+        _, some = self._observed(block, x, tmp_path / "some")
+        assert torch.equal(every.routing.tokens, some.routing.tokens)
+        for expert in range(4):
+            sample = some.sample(expert)
+            assert len(sample.x) == 256 < int(every.routing.tokens[expert]) <= 1024
+            assert output_error(experts, expert, sample, replaced[expert]) == pytest.approx(exact[expert], rel=0.1)
+
+    @torch.no_grad()
+    def test_own_matrices_have_no_error(self, tmp_path: Path):
+        block, x = _block(), torch.randn(2, 200, 32)
+        experts, inputs = self._observed(block, x, tmp_path / "x")
+        own = {p.name: experts.matrix(0, p.name).clone() for p in experts.projections}
+        assert output_error(experts, 0, inputs.sample(0), own) == 0.0
+
+    @torch.no_grad()
+    def test_never_routed_expert_has_no_error(self, tmp_path: Path):
+        block, x = _block(), torch.randn(2, 100, 32)
+        experts = FusedExperts("experts", block.experts)
+        inputs = ExpertInputs(4, tmp_path / "x", 0)
+        with experts.observe(inputs.record):
+            block.experts(x[0], torch.tensor([[0, 1]]).expand(100, 2), torch.full((100, 2), 0.5))
+        assert inputs.is_starved(3)
+        assert output_error(experts, 3, inputs.sample(3), self._replacement(experts, 3)) == 0.0

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streaming: a layer's outputs equal those of a full forward pass, and models that cannot be streamed fall back."""
+
+import logging
+
+import pytest
+import torch
+from tiny import TINY, load_class, save_dense, tokens
+from transformers import AutoConfig
+
+from transformers_mcmoe.models.names import CheckpointNames
+from transformers_mcmoe.models.stream import Checkpoint, LayerStream, LoadedRunner, computing, open_runner
+from transformers_mcmoe.models.structure import Structure
+
+STREAMED = sorted(TINY)
+
+
+def _open(folder, tmp_path, batch=2, ids=None):
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = load_class(folder)._from_config(config, dtype=torch.float32)
+    names = CheckpointNames(model)
+    files = sorted(folder.glob("*.safetensors"))
+    paths = list(Structure(model).experts)
+    ids = tokens(4, 24) if ids is None else ids
+    work = tmp_path / "work"
+    work.mkdir(exist_ok=True)
+    device = torch.device("cpu")
+    return open_runner(
+        model, Checkpoint(files), names, paths, ids, work, dtype=torch.float32, device=device, batch=batch
+    )
+
+
+@pytest.mark.parametrize("family", STREAMED)
+def test_outputs_equal_full_forward(family, tmp_path):
+    folder = save_dense(family, tmp_path / "dense")
+    model = load_class(folder).from_pretrained(folder, dtype=torch.float32)
+    with computing(torch.device("cpu")):
+        runner = _open(folder, tmp_path)
+        assert isinstance(runner, LayerStream)
+        expected: dict[str, list[torch.Tensor]] = {path: [] for path in runner.layers}
+
+        def keep(path):
+            return lambda m, a, out: expected[path].append(out[0] if isinstance(out, tuple) else out)
+
+        for path in runner.layers:
+            model.get_submodule(path).register_forward_hook(keep(path))
+        for ids in tokens(4, 24).split(2):
+            model(ids, use_cache=False)
+        for i, path in enumerate(runner.layers):
+            with runner.loaded(i):
+                norm = runner.advance(i)
+            full = torch.cat(expected[path])
+            assert torch.equal(runner._hidden[slice(0, 4)], full), path
+            assert norm == pytest.approx(float(full.norm()), rel=1e-4)
+
+
+def test_only_one_layer_is_in_memory(tmp_path):
+    with computing(torch.device("cpu")):
+        runner = _open(save_dense("mixtral", tmp_path / "dense"), tmp_path)
+        assert all(p.is_meta for layer in runner._modules for p in layer.parameters())
+        assert runner.weights.model.lm_head.weight.is_meta  # the head is never needed
+        with runner.loaded(1):
+            assert all(p.is_meta for p in runner._modules[0].parameters())
+            assert not any(p.is_meta for p in runner._modules[1].parameters())
+        assert all(p.is_meta for layer in runner._modules for p in layer.parameters())
+
+
+def test_sharded_checkpoint(tmp_path):
+    one = save_dense("mixtral", tmp_path / "one")
+    model = load_class(one).from_pretrained(one, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "many", max_shard_size="200KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    hidden = []
+    for folder in (one, tmp_path / "many"):
+        with computing(torch.device("cpu")):
+            runner = _open(folder, tmp_path / folder.name)
+            with runner.loaded(0):
+                runner.advance(0)
+            hidden.append(runner._hidden[slice(0, 4)].clone())
+    assert torch.equal(*hidden)
+
+
+def test_layers_that_need_each_other_fall_back(tmp_path, caplog):
+    """A model that hands a layer something an earlier one computed is loaded whole, with the reason logged."""
+    folder = save_dense("mixtral", tmp_path / "dense")
+    import transformers.models.mixtral.modeling_mixtral as mixtral
+
+    original = mixtral.MixtralModel.forward
+
+    def forward(self, *args, **kwargs):
+        def pre(module, args, kwargs):
+            return (args[0] * 1.0, *args[1:]), kwargs  # a new tensor: hidden states are changed between layers
+
+        handles = [layer.register_forward_pre_hook(pre, with_kwargs=True) for layer in self.layers]
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    mixtral.MixtralModel.forward = forward
+    try:
+        with caplog.at_level(logging.WARNING), computing(torch.device("cpu")):
+            runner = _open(folder, tmp_path)
+            assert isinstance(runner, LoadedRunner)
+            assert "changes hidden states" in runner.reason
+            assert "whole dense model is loaded" in caplog.text
+            runner.replay(1)
+    finally:
+        mixtral.MixtralModel.forward = original
+
+
+def test_truncated_file_is_named(tmp_path):
+    folder = save_dense("mixtral", tmp_path / "dense")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors' cannot be read"):
+        Checkpoint([file])

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The work folder: who may use it, files that are whole or absent, and folders that replace each other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from transformers_mcmoe import workdir
+from transformers_mcmoe.workdir import FINGERPRINT, WorkDir, fingerprint, replace_directory
+
+Usage = namedtuple("Usage", "total used free")
+
+
+class TestClaim:
+    def test_new_folder(self, tmp_path: Path):
+        path = tmp_path / "a" / "b"
+        WorkDir(path, "mark").claim(0)
+        assert json.loads((path / FINGERPRINT).read_text(encoding="utf-8")) == {"fingerprint": "mark"}
+        assert [file.name for file in path.iterdir()] == [FINGERPRINT]
+
+    def test_empty_folder(self, tmp_path: Path):
+        WorkDir(tmp_path, "mark").claim(0)
+        assert (tmp_path / FINGERPRINT).is_file()
+
+    def test_again(self, tmp_path: Path):
+        work = WorkDir(tmp_path, "mark")
+        work.claim(0)
+        file = work.write_layer(0, {"a": torch.zeros(2)})
+        WorkDir(tmp_path, "mark").claim(0)
+        assert file.is_file()
+
+    def test_other_compression(self, tmp_path: Path):
+        WorkDir(tmp_path, "mark").claim(0)
+        with pytest.raises(
+            ValueError, match="holds a compression of another model, config, dataset or version; choose"
+        ):
+            WorkDir(tmp_path, "other").claim(0)
+        assert json.loads((tmp_path / FINGERPRINT).read_text(encoding="utf-8")) == {"fingerprint": "mark"}
+
+    def test_foreign_files(self, tmp_path: Path):
+        (tmp_path / "thesis.tex").write_text("mine", encoding="utf-8")
+        with pytest.raises(ValueError, match="holds files that are not ours; choose an empty or a new folder"):
+            WorkDir(tmp_path, "mark").claim(0)
+        assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+    def test_folder_is_named(self, tmp_path: Path):
+        (tmp_path / "x").mkdir()
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            WorkDir(tmp_path, "mark").claim(0)
+
+    def test_too_little_disk(self, tmp_path: Path, monkeypatch):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 5 * 10**9))
+        message = r"has 5\.0 GB free, but up to 7\.3 GB are needed; choose a work_dir on a larger disk"
+        with pytest.raises(OSError, match=message):
+            WorkDir(tmp_path, "mark").claim(7_300_000_000)
+        assert not (tmp_path / FINGERPRINT).exists()
+        WorkDir(tmp_path, "mark").claim(5 * 10**9)
+        assert (tmp_path / FINGERPRINT).exists()
+
+
+class TestLayers:
+    def test_write(self, tmp_path: Path):
+        tensors = {"a": torch.arange(6, dtype=torch.uint8).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
+        path = WorkDir(tmp_path, "mark").write_layer(7, tensors)
+        assert path == tmp_path / "layer-00007.safetensors"
+        loaded = load_file(path)
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == {"format": "pt", "fingerprint": "mark"}
+        assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+    def test_names_sort_by_layer(self, tmp_path: Path):
+        work = WorkDir(tmp_path, "mark")
+        files = [work.write_layer(i, {}) for i in (2, 10, 9, 100)]
+        assert sorted(files) == [files[0], files[2], files[1], files[3]]
+
+    def test_interrupted(self, tmp_path: Path, monkeypatch):
+        work = WorkDir(tmp_path, "mark")
+        path = work.write_layer(0, {"a": torch.zeros(4)})
+
+        def save(tensors: Any, file: Path, **kwargs: Any) -> None:
+            save_file(tensors, file, **kwargs)
+            with Path(file).open("r+b") as handle:
+                handle.truncate(20)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(workdir, "save_file", save)
+        for index in (0, 1):
+            with pytest.raises(KeyboardInterrupt):
+                work.write_layer(index, {"a": torch.ones(4)})
+        assert torch.equal(load_file(path)["a"], torch.zeros(4))
+        assert [file.name for file in tmp_path.glob("*.safetensors")] == [path.name]
+        work.clean()
+        assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+    def test_clean(self, tmp_path: Path):
+        work = WorkDir(tmp_path, "mark")
+        work.claim(0)
+        work.write_layer(0, {"a": torch.zeros(4)})
+        for name in ("hidden.bin", "inputs-0.bin", "layer-00001.tmp", "keep.txt"):
+            (tmp_path / name).write_bytes(b"x")
+        work.clean()
+        work.clean()
+        assert {file.name for file in tmp_path.iterdir()} == {FINGERPRINT, "layer-00000.safetensors", "keep.txt"}
+
+
+class TestFingerprint:
+    PARTS = {"version": "1", "config": {"bits": 2.5, "seed": 0}}  # noqa: RUF012
+
+    def _file(self, folder: Path, name: str = "model.safetensors", tensor: str = "a", size: int = 4) -> Path:
+        folder.mkdir(exist_ok=True)
+        save_file({tensor: torch.zeros(size)}, folder / name)
+        return folder / name
+
+    def test_same(self, tmp_path: Path):
+        file = self._file(tmp_path)
+        other = {"config": {"seed": 0, "bits": 2.5}, "version": "1"}  # the order does not count
+        copied = self._file(tmp_path / "elsewhere")
+        assert fingerprint(self.PARTS, [file]) == fingerprint(other, [str(copied)])
+
+    def test_different(self, tmp_path: Path):
+        file = self._file(tmp_path)
+        marks = [
+            fingerprint(self.PARTS, [file]),
+            fingerprint(self.PARTS | {"version": "2"}, [file]),
+            fingerprint(self.PARTS, [file, self._file(tmp_path, "second.safetensors")]),
+            fingerprint(self.PARTS, [self._file(tmp_path, "second.safetensors")]),
+            fingerprint(self.PARTS, [self._file(tmp_path / "name", tensor="b")]),
+            fingerprint(self.PARTS, [self._file(tmp_path / "size", size=5)]),
+            fingerprint(self.PARTS, []),
+        ]
+        assert len(set(marks)) == len(marks)
+
+
+def _folder(path: Path, content: str) -> Path:
+    path.mkdir()
+    (path / "file").write_text(content, encoding="utf-8")
+    return path
+
+
+def _content(path: Path) -> str:
+    return (path / "file").read_text(encoding="utf-8")
+
+
+class TestReplaceDirectory:
+    def test_new(self, tmp_path: Path):
+        replace_directory(_folder(tmp_path / "new", "new"), tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert _content(tmp_path / "out") == "new"
+
+    def test_existing(self, tmp_path: Path):
+        (_folder(tmp_path / "out", "old") / "gone").write_text("x", encoding="utf-8")
+        replace_directory(_folder(tmp_path / "new", "new"), tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
+        assert _content(tmp_path / "out") == "new"
+
+    def test_killed_between_the_renames(self, tmp_path: Path):
+        _folder(tmp_path / "out.old", "old")
+        replace_directory(_folder(tmp_path / "new", "new"), tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert _content(tmp_path / "out") == "new"
+
+    def test_killed_before_the_old_one_is_removed(self, tmp_path: Path):
+        _folder(tmp_path / "out.old", "older")
+        _folder(tmp_path / "out", "old")
+        replace_directory(_folder(tmp_path / "new", "new"), tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert _content(tmp_path / "out") == "new"
+
+    def test_old_one_survives_a_failure(self, tmp_path: Path):
+        """The second rename fails: the old folder is whole, and the next run puts it back before it is replaced."""
+        _folder(tmp_path / "out", "old")
+        with pytest.raises(OSError, match="missing"):
+            replace_directory(tmp_path / "missing", tmp_path / "out")
+        survivor = next(path for path in tmp_path.iterdir() if path.name.startswith("out"))
+        assert _content(survivor) == "old"
+        with pytest.raises(OSError, match="missing"):
+            replace_directory(tmp_path / "missing", tmp_path / "out")
+        assert [_content(path) for path in tmp_path.iterdir()] == ["old"]
+
+    def test_suffix_of_the_name_is_kept(self, tmp_path: Path):
+        """model-2.54bit has a "suffix": the old folder is not model-2.old."""
+        other = _folder(tmp_path / "model-2.old", "other")
+        _folder(tmp_path / "model-2.54bit", "old")
+        replace_directory(_folder(tmp_path / "new", "new"), tmp_path / "model-2.54bit")
+        assert _content(other) == "other"
+        assert _content(tmp_path / "model-2.54bit") == "new"
