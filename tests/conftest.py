@@ -15,5 +15,6 @@ import transformers_mcmoe  # noqa: F401
 @pytest.fixture(autouse=True)
 def _quiet_and_seeded():
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # models are tiny: a second thread only waits
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

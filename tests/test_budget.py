@@ -9,7 +9,7 @@ import pytest
 
 from transformers_mcmoe.allocation.budget import LayerSize, expert_budgets
 
-# Mixtral-8x7B: 32 layers of 8 experts with three matrices 4096 x 14336; attention q, o 4096 x 4096 and k, v 4096 x 1024
+# Mixtral-8x7B: 32 layers of 8 experts, three matrices 4096 x 14336 each; q, o 4096 x 4096 and k, v 4096 x 1024
 EXPERT = 3 * 4096 * 14336
 ATTENTION = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024)
 MIXTRAL = [LayerSize(8, EXPERT)] * 32
@@ -141,7 +141,7 @@ def test_labels_at_the_limits():
 
 @pytest.mark.parametrize("experts", [6, 8, 10, 60, 64, 128, 256])
 def test_whole_numbers_are_not_lost(experts: int):
-    """k / E is no binary fraction; k bits per layer are meant all the same, also after many layers and with attention."""
+    """k / E is no binary fraction; k bits per layer are meant all the same, also after many layers."""
     layers = [LayerSize(experts, 3 * 2048 * 768)] * 94
     weights, fixed = 94 * experts * 3 * 2048 * 768, 94 * 123457
     for budget in range(experts, 3 * experts + 1, max(1, experts // 20)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration tokens from every kind of dataset, and what is said when there are none; nothing here touches the network."""
+"""Calibration tokens from every kind of dataset, and what is said when there are none; without any network."""
 
 from __future__ import annotations
 

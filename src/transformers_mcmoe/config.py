@@ -100,19 +100,20 @@ class MCMoEConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # a plain string, as for any external method
         self.bits = bits
-        self.expert_bits = tuple(expert_bits)
+        self.expert_bits = tuple(expert_bits) if isinstance(expert_bits, Sequence) else expert_bits
         self.attention_bits = attention_bits
         self.shared_expert_bits = shared_expert_bits
         self.group_size = group_size
         self.budget = budget
         self.allocation = allocation
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
-        self.at_least = {int(width): int(count) for width, count in (at_least or {}).items()}
+        # JSON has only strings for keys
+        self.at_least = {int(w) if str(w).isdigit() else w: count for w, count in (at_least or {}).items()}
         self.dataset = dataset
         self.num_samples = num_samples
         self.seq_len = seq_len
         self.tokenizer = tokenizer
-        self.modules_to_not_convert = list(modules_to_not_convert or [])
+        self.modules_to_not_convert = modules_to_not_convert or []
         self.seed = seed
         self.work_dir = Path(work_dir) if work_dir is not None else None
         self.max_memory = max_memory
@@ -125,10 +126,16 @@ class MCMoEConfig(QuantizationConfigMixin):
     def _validate(self) -> None:
         _check(isinstance(self.bits, int | float) and 0 < self.bits <= 8, "bits", self.bits, "a number in (0, 8]")
         widths = self.expert_bits
-        ascending = bool(widths) and all(w in WIDTHS for w in widths) and list(widths) == sorted(set(widths))
+        ascending = (
+            isinstance(widths, tuple)
+            and bool(widths)
+            and all(_is_width(w) for w in widths)
+            and list(widths) == sorted(set(widths))
+        )
         _check(ascending, "expert_bits", widths, f"distinct ascending widths out of {WIDTHS}")
         for name in ("attention_bits", "shared_expert_bits"):
-            _check(getattr(self, name) in (*WIDTHS, 16), name, getattr(self, name), f"one of {(*WIDTHS, 16)}")
+            value = getattr(self, name)
+            _check(_is_width(value) or value == 16, name, value, f"one of {(*WIDTHS, 16)}")
         positive = isinstance(self.group_size, int) and self.group_size > 0 and self.group_size % 32 == 0
         _check(positive, "group_size", self.group_size, "a positive multiple of 32")
         _check(self.budget in BUDGETS, "budget", self.budget, f"one of {BUDGETS}")
@@ -136,11 +143,15 @@ class MCMoEConfig(QuantizationConfigMixin):
         for name in ("alpha", "beta", "gamma"):
             value = getattr(self, name)
             _check(isinstance(value, int | float) and value >= 0, name, value, "a number >= 0")
-        known = all(w in widths and n >= 0 for w, n in self.at_least.items())
+        known = all(w in widths and isinstance(n, int) and n >= 0 for w, n in self.at_least.items())
         _check(known, "at_least", self.at_least, f"a dict from widths of expert_bits {widths} to counts >= 0")
         for name in ("num_samples", "seq_len"):
             value = getattr(self, name)
             _check(isinstance(value, int) and value > 0, name, value, "a positive integer")
+        names = self.modules_to_not_convert
+        _check(isinstance(names, list | tuple), "modules_to_not_convert", names, "a list of names or patterns")
+        self.modules_to_not_convert = list(names)
+        _check(isinstance(self.seed, int) and self.seed >= 0, "seed", self.seed, "an integer >= 0")
         if self.max_memory is not None:
             _check(self.max_memory_bytes > 0, "max_memory", self.max_memory, "bytes, or a string like '12GB'")
 
@@ -149,7 +160,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         """`max_memory` in bytes, 0 if there is none or it cannot be read."""
         if isinstance(self.max_memory, int):
             return self.max_memory
-        match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B\s*", str(self.max_memory), re.IGNORECASE)
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", str(self.max_memory), re.IGNORECASE)
         if match is None:
             return 0
         base = 1024 if match.group(3) else 1000
@@ -207,6 +218,10 @@ def _check(ok: bool, name: str, value: Any, expected: str) -> None:
         raise ValueError(f"{name}={value!r} is not valid: it must be {expected}.")
 
 
+def _is_width(value: Any) -> bool:
+    return isinstance(value, int) and value in WIDTHS
+
+
 def _refuse_reserved(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if name not in RESERVED:
@@ -225,8 +240,11 @@ def _read_plan(plan: Any) -> Plan | None:
     path = Path(plan)
     if not path.is_file():
         raise ValueError(f"plan={str(path)!r} is not a file; give the path of a plan in JSON, or a dict.")
-    data = json.loads(path.read_text(encoding="utf-8"))
-    return Plan.from_dict(data.get("plan", data))
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"The plan '{path}' is not JSON ({error}); write it again.") from error
+    return Plan.from_dict(data.get("plan", data) if isinstance(data, Mapping) else data)
 
 
 # importing twice (a reload, a second install path) must not fail

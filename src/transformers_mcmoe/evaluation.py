@@ -44,7 +44,12 @@ def evaluate(model: Any, tokens: Tensor, reference: Any = None, batch: int = 8) 
 
     Returns:
         Means over N * (T - 1) tokens, with log-softmax in float32 and sums in float64.
+
+    Raises:
+        ValueError: there is no token to predict.
     """
+    if tokens.dim() != 2 or tokens.shape[0] == 0 or tokens.shape[1] < 2:
+        raise ValueError(f"Windows must be [N, T] with T >= 2, but their shape is {tuple(tokens.shape)}.")
     loss = divergence = torch.zeros((), dtype=torch.float64)
     agree = 0
     for windows in tokens.split(batch):

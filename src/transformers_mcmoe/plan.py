@@ -101,6 +101,8 @@ class Plan:
             )
         experts = {}
         for name, widths in data["experts"].items():
+            if not isinstance(widths, Mapping) or not {"gate_up", "down"} <= set(widths):
+                raise ValueError(f"The plan's '{name}' must have 'gate_up' and 'down', but it is {widths!r}.")
             gate_up, down = _digits(name, widths["gate_up"], dropped=True), _digits(name, widths["down"], dropped=True)
             if len(gate_up) != len(down) or any((a == 0) != (b == 0) for a, b in zip(gate_up, down, strict=True)):
                 raise ValueError(
@@ -118,7 +120,7 @@ class Plan:
 
 def _digits(name: str, digits: str, dropped: bool = False) -> tuple[int, ...]:
     allowed = (0, *WIDTHS) if dropped else WIDTHS
-    if any(not digit.isdigit() or int(digit) not in allowed for digit in digits):
+    if not isinstance(digits, str) or any(not digit.isdigit() or int(digit) not in allowed for digit in digits):
         raise ValueError(f"The plan's '{name}' holds the widths '{digits}'; each must be one of {allowed}.")
     return tuple(int(digit) for digit in digits)
 

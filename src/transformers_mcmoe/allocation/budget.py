@@ -46,9 +46,10 @@ def expert_budgets(
         )
     per_weight = (min(max(average, low), high) * total - fixed_bits) / weights
     budgets: list[int] = []
-    due = 0.0
+    spare = 0.0  # bits that earlier layers could not spend on a whole width
     for layer in layers:
-        due += per_weight * layer.num_experts
+        spare += per_weight * layer.num_experts * layer.expert_weights
         # the tolerance keeps a whole number that floating point made a trifle too small
-        budgets.append(int(due + 1e-6) - sum(budgets))
+        budgets.append(int(spare / layer.expert_weights + 1e-6))
+        spare -= budgets[-1] * layer.expert_weights
     return budgets

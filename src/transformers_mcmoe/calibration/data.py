@@ -6,6 +6,7 @@ Knows text and tokenizers; it does not know the model that will read the tokens.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -139,12 +140,19 @@ def _file_texts(path: Path) -> list[str]:
         return [path.read_text(encoding="utf-8")]
     if path.suffix in (".jsonl", ".json"):
         lines = path.read_text(encoding="utf-8").splitlines()
-        return [_field(json.loads(line), path) for line in lines if line.strip()]
+        return [_field(_json(line, path, number), path) for number, line in enumerate(lines, 1) if line.strip()]
     if path.suffix == ".parquet":
         from datasets import Dataset  # imports pandas and pyarrow; only where it is needed
 
         return [_field(row, path) for row in Dataset.from_parquet(str(path))]
     raise ValueError(f"The calibration dataset '{path}' has no known format; use one of {LOCAL_FORMATS}.")
+
+
+def _json(line: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"Line {number} of the calibration dataset '{path}' is not JSON ({error}).") from error
 
 
 def _field(row: Any, source: Any, field: str = "text") -> str:
@@ -162,16 +170,19 @@ def _hub_texts(source: Mapping[str, Any], seed: int) -> Iterator[str]:
     """
     from datasets import load_dataset
 
+    if not source.get("path"):
+        raise ValueError(f"The calibration dataset {dict(source)!r} has no path; give the Hub id as 'path'.")
     path, field = source["path"], source.get("field") or "text"
     try:
-        rows = load_dataset(
+        dataset = load_dataset(
             path,
             source.get("subset") or None,
             data_files=source.get("data_files"),
             split=source.get("split") or "train",
             streaming=True,
-        ).shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-        first = next(iter(rows))
+        )
+        rows = iter(dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER))
+        first = next(rows)
     except StopIteration:
         return iter(())
     except Exception as error:
@@ -180,7 +191,7 @@ def _hub_texts(source: Mapping[str, Any], seed: int) -> Iterator[str]:
             f"give {_ALTERNATIVES}."
         ) from error
     _field(first, path, field)
-    return (_field(row, path, field) for row in rows)
+    return (_field(row, path, field) for row in itertools.chain([first], rows))
 
 
 def _tokenizer(tokenizer: Any, model_name: str) -> Any:
