@@ -253,8 +253,8 @@ class ListExperts(Experts):
 
     def __init__(self, path: str, module: nn.Module) -> None:
         super().__init__(path, module)
-        self.children = list(module.children())
-        self.keys = [name for name, _ in module.named_children()]
+        named = _expert_children(module)
+        self.keys, self.children = list(named), list(named.values())
         self.num_experts = len(self.children)
         linears = {name: m for name, m in self.children[0].named_modules() if isinstance(m, nn.Linear)}
         hidden = next(iter(linears.values())).in_features
@@ -309,9 +309,15 @@ def _is_expert_list(path: str, module: nn.Module) -> bool:
     name = path.rpartition(".")[2]
     if not isinstance(module, nn.ModuleList | nn.ModuleDict) or "expert" not in name or "shared" in name:
         return False
-    children = list(module.children())
+    children = list(_expert_children(module).values())
     shapes = [[tuple(m.weight.shape) for m in c.modules() if isinstance(m, nn.Linear)] for c in children]
     return len(children) > 1 and len(shapes[0]) > 1 and all(shape == shapes[0] for shape in shapes)
+
+
+def _expert_children(module: nn.Module) -> dict[str, nn.Module]:
+    """The children that hold linear layers; a container may have others, such as a dropout."""
+    named = module.named_children()
+    return {name: c for name, c in named if any(isinstance(m, nn.Linear) for m in c.modules())}
 
 
 # Classes that the five flags do not describe. A string says why a class cannot be packed.

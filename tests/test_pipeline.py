@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages as a whole: allocations under one budget, the program on measured costs, streaming against loading."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import compressed, quick_config, save_dense, tokens
+
+from transformers_mcmoe import compression_report
+from transformers_mcmoe.allocation import solve
+from transformers_mcmoe.config import ALLOCATIONS
+from transformers_mcmoe.models import stream
+
+PATHS = [f"model.layers.{i}.mlp.experts" for i in range(2)]
+CALIBRATION = {"dataset": tokens(32, 64), "num_samples": 32, "bits": 2.5}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save_dense("mixtral", tmp_path_factory.mktemp("pipeline") / "dense")
+
+
+@pytest.fixture(scope="module")
+def report(dense):
+    return compression_report(compressed(dense, quick_config(**CALIBRATION)))
+
+
+def _total(report, path):
+    return sum(int(digit) for digit in report["expert_bits"][path])
+
+
+def _cost(report, path, alpha=1.0, beta=1.5, gamma=2.0):
+    """phi^alpha * w^beta * eps^gamma from what the report says, [E, J]."""
+    coverage, errors = report["coverage"][path], report["errors"][path]
+    frequency, weight = np.array(coverage["tokens"], float), np.array(coverage["routing_weight"])
+    eps = np.array([errors[str(bits)] for bits in (1, 2, 3)]).T
+    return ((frequency / frequency.sum()) ** alpha * (weight / weight.sum()) ** beta)[:, None] * eps**gamma
+
+
+def test_plan_is_the_programs_answer_on_the_reported_costs(report):
+    for path in PATHS:
+        price = np.tile([1.0, 2.0, 3.0], (8, 1))
+        choice = solve(_cost(report, path), price, _total(report, path))
+        assert "".join(str(option + 1) for option in choice) == report["expert_bits"][path]
+
+
+def test_budget_is_spent(report):
+    budgets = [_total(report, path) for path in PATHS]
+    assert report["average_bits"] <= 2.5
+    one_expert_bit = 3 * 64 * 100 / report["sizes"]["quantized_weights"]
+    assert report["average_bits"] > 2.5 - one_expert_bit
+    assert abs(budgets[0] - budgets[1]) <= 1
+
+
+def test_errors_fall_with_bits_and_coverage_counts_every_slot(report):
+    for path in PATHS:
+        one, two, three = (np.array(report["errors"][path][bits]) for bits in "123")
+        assert (one > two).all()
+        assert (two > three).all()
+        assert sum(report["coverage"][path]["tokens"]) == 32 * 64 * 2
+        # Mixtral's top-2 weights sum to 1
+        assert sum(report["coverage"][path]["routing_weight"]) == pytest.approx(32 * 64, rel=1e-4)
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("budget", ["layer", "model"])
+def test_every_allocation_spends_the_same_budget(dense, report, allocation, budget):
+    other = compression_report(compressed(dense, quick_config(**CALIBRATION, allocation=allocation, budget=budget)))
+    totals = [_total(other, path) for path in PATHS]
+    if budget == "layer":
+        assert totals == [_total(report, path) for path in PATHS]
+    assert sum(totals) == sum(_total(report, path) for path in PATHS)
+    assert other["average_bits"] == report["average_bits"]
+    if allocation == "uniform":
+        assert all(set(other["expert_bits"][path]) == {"2", "3"} for path in PATHS)
+
+
+def test_random_choices_follow_the_seed(dense):
+    def widths(seed):
+        config = quick_config(**CALIBRATION, allocation="uniform", seed=seed)
+        return compression_report(compressed(dense, config))["expert_bits"]
+
+    assert widths(0) == widths(0)
+    assert widths(0) != widths(1)
+
+
+def test_papers_constraint(dense):
+    config = quick_config(**(CALIBRATION | {"bits": 1.7}), at_least={3: 1, 2: 1})
+    for digits in compression_report(compressed(dense, config))["expert_bits"].values():
+        assert {"2", "3"} <= set(digits)
+
+
+def test_plan_of_a_report_gives_the_same_model(dense, tmp_path):
+    first = compressed(dense, quick_config(**CALIBRATION))
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(first.config.quantization_config.plan.to_dict()))
+    second = compressed(dense, quick_config(plan=plan))
+    for (name, a), (_, b) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    assert compression_report(second)["calibration_tokens"] == 0
+
+
+@pytest.mark.parametrize("budget", ["layer", "model"])
+def test_streamed_equals_loaded(dense, tmp_path, monkeypatch, budget):
+    """The same plan and the same bytes, whether layers are streamed or the whole model is in memory."""
+    config = quick_config(**CALIBRATION, budget=budget)
+    streamed = compressed(dense, config)
+
+    def refuse(*args, **kwargs):
+        raise stream.NotStreamable("a test says so")
+
+    monkeypatch.setattr(stream, "LayerStream", refuse)
+    loaded = compressed(dense, config)
+    assert "a test says so" in compression_report(loaded)["fallbacks"][0]
+    streamed.save_pretrained(tmp_path / "a")
+    loaded.save_pretrained(tmp_path / "b")
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_model_budget_compares_layers(tmp_path):
+    """A layer whose experts matter more gets more bits from a budget for the whole model."""
+    folder = save_dense("mixtral", tmp_path / "dense")
+    from safetensors.torch import save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if "layers.0" in name and name.endswith("w2.weight"):
+            tensors[name] = tensors[name] * 1e-3
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    report = compression_report(compressed(folder, quick_config(**CALIBRATION, budget="model")))
+    assert _total(report, PATHS[0]) < _total(report, PATHS[1])
+
+
+def test_starved_experts_are_reported(dense):
+    report = compression_report(compressed(dense, quick_config(dataset=tokens(1, 16), num_samples=1)))
+    starved = report["coverage"][PATHS[0]]["starved"]
+    assert starved == list(range(8))
+    assert any(PATHS[0] in note and "too few" in note for note in report["fallbacks"])
+    assert all(np.isfinite(errors).all() for errors in report["errors"][PATHS[0]].values())
+
+
+def test_progress_reaches_the_end(dense):
+    steps = []
+    compressed(dense, quick_config(**CALIBRATION, budget="model", progress=steps.append))
+    assert [step.stage for step in steps if step.layer == step.layers] == ["allocate", "quantize"]
+    assert {step.expert for step in steps} >= set(range(9))
+    assert all(step.memory > 0 for step in steps)
