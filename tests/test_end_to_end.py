@@ -50,3 +50,18 @@ def _names(folder):
         with safe_open(file, framework="pt") as handle:
             names |= set(handle.keys())
     return names
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "llama4_text", "dbrx", "granitemoe"])
+def test_bfloat16(family, tmp_path):
+    dense = save_dense(family, tmp_path / "dense")
+    ids = tokens(2, 24, seed=1)
+    model = compressed(dense, dtype=torch.bfloat16)
+    logits = model(ids).logits
+    assert logits.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path / "packed")
+    reloaded = load_class(tmp_path / "packed").from_pretrained(tmp_path / "packed", dtype="auto")
+    assert reloaded.dtype == torch.bfloat16
+    assert torch.equal(reloaded(ids).logits, logits)
+    assert relative_rms(logits, reloaded.dequantize()(ids).logits) <= 1.5e-2

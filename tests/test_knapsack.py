@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from transformers_mcmoe.allocation import knapsack, solve
+from transformers_mcmoe.allocation.knapsack import highs
 
 BITS = np.array([1.0, 2.0, 3.0])
 
@@ -259,7 +260,7 @@ def test_budget_is_exact_to_the_unit(unit):
 def test_one_unit_of_a_trillion_decides(monkeypatch):
     """HiGHS's own tolerance lets a choice through that is one unit dearer than the budget; it is cut off."""
     calls, most = [], 0
-    monkeypatch.setattr(knapsack, "milp", lambda milp=knapsack.milp, **model: calls.append(0) or milp(**model))
+    monkeypatch.setattr(highs, "milp", lambda milp=highs.milp, **model: calls.append(0) or milp(**model))
     for seed in range(20):
         rng = np.random.default_rng(seed)
         cost, price = _falling(rng.random((7, 3))), rng.integers(10**11, 10**12, (7, 3)).cumsum(1).astype(float)
@@ -272,7 +273,7 @@ def test_one_unit_of_a_trillion_decides(monkeypatch):
         assert _spent(price, short) <= budget - 1
         assert _total(cost, short) == _brute_force(cost, price, budget - 1)
         most = max(most, len(calls))
-    assert 1 < most < knapsack.MAX_CUTS
+    assert 1 < most < highs.MAX_CUTS
 
 
 def test_a_total_price_is_the_correctly_rounded_sum():
@@ -355,7 +356,7 @@ def test_failure_of_the_solver_is_logged_once_with_its_reason(monkeypatch, caplo
     group = np.repeat(np.arange(3), 8)
     exact = solve(cost, price, [14, 15, 16], group=group)
     assert not caplog.records
-    monkeypatch.setattr(knapsack, "milp", lambda **model: Failed)
+    monkeypatch.setattr(highs, "milp", lambda **model: Failed)
     choice = solve(cost, price, [14, 15, 16], group=group)
     gap = _reported_gap(caplog)
     assert "of 3 knapsack programs" in caplog.text

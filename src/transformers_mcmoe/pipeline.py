@@ -134,6 +134,9 @@ def compress(
             device=device,
             batch=max(1, BATCH_TOKENS // tokens.shape[1]),
         )
+        if device.type == "cpu" and dtype.itemsize == 2:
+            for experts in structure.experts.values():
+                stack.enter_context(experts.in_blocks())
         job = _Job(structure, runner, config, budgets, work, meter)
         job.seconds["prepare"] = time.monotonic() - started
         plan, files = job.run()

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 # called with (expert, its tokens [n, H], their routing weights [n] or None where the block applies them outside)
 Record = Callable[[int, Tensor, Tensor | None], None]
+# rows of a half-precision matrix product on CPU, see `Experts.in_blocks`
+BLOCK = 128
 FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
 
 
@@ -77,6 +80,16 @@ class Experts:
     @contextmanager
     def observe(self, record: Record) -> Iterator[None]:
         """While open, every call of the module hands each routed expert's tokens to `record`."""
+        raise NotImplementedError
+        yield
+
+    @contextmanager
+    def in_blocks(self) -> Iterator[None]:
+        """While open, the module runs its experts on padded blocks of BLOCK tokens, with the same results but rounding.
+
+        On CPU, torch multiplies half-precision matrices with oneDNN, which keeps a buffer of the weights' size for
+        every number of rows it meets, up to 1024 of them; with one number there is one.
+        """
         raise NotImplementedError
         yield
 
@@ -190,6 +203,37 @@ class FusedExperts(Experts):
         finally:
             handle.remove()
 
+    @contextmanager
+    def in_blocks(self) -> Iterator[None]:
+        def forward(hidden_states: Tensor, *args: Tensor) -> Tensor:
+            return self.dispatch(
+                hidden_states, *args, run=lambda expert, x: _in_blocks(lambda block: self.run(expert, block), x)
+            )
+
+        self.module.forward = forward
+        try:
+            yield
+        finally:
+            del self.module.forward
+
+    def dispatch(self, hidden_states: Tensor, *args: Tensor, run: Callable[[int, Tensor], Tensor | None]) -> Tensor:
+        """The module's output for its arguments, given how to run one expert on its tokens [n, H].
+
+        Sums are taken in float32 and rounded to the dtype of `hidden_states`. Slots whose id is no expert's, and
+        experts for which `run` gives None, add nothing.
+        """
+        x, index, weights = self.route(hidden_states, *args)
+        output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for expert in index.unique().tolist():
+            token, slot = torch.where(index == expert)
+            if expert < self.num_experts:
+                y = run(expert, x[token])
+            else:
+                y = x[token] if expert < self.num_experts + self.identity_experts else None
+            if y is not None:
+                output = output.index_add(0, token, (y * weights[token, slot, None]).to(torch.float32))
+        return self.finish(output.to(hidden_states.dtype), hidden_states)
+
 
 class LongcatExperts(FusedExperts):
     """LongcatFlash: ids from E on are experts that return their input."""
@@ -298,6 +342,25 @@ class ListExperts(Experts):
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def in_blocks(self) -> Iterator[None]:
+        for child in self.children:
+            child.forward = partial(_in_blocks, child.forward)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for child in self.children:
+                del child.forward
+
+
+def _in_blocks(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`run` on blocks of BLOCK rows of `x` [n, H], the last one padded with zeros."""
+    rows = x.shape[0]
+    if rows == 0 or x.dim() != 2:
+        return run(x)
+    padded = functional.pad(x, (0, 0, 0, -rows % BLOCK))
+    return torch.cat([run(block) for block in padded.split(BLOCK)])[:rows]
 
 
 def _is_fused(module: nn.Module) -> bool:

@@ -9,8 +9,10 @@ the other. This file knows nothing of experts or quantization; what happens to a
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -159,6 +161,14 @@ def unload(module: nn.Module) -> None:
             if buffer is not None:
                 part._buffers[name] = torch.empty_like(buffer, device="meta")
     gc.collect()
+    _return_free_memory()
+
+
+def _return_free_memory() -> None:
+    """Give freed heap pages back to the system: glibc keeps blocks of up to 32 MB, a layer's worth of experts."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 class HiddenStates:

@@ -158,25 +158,13 @@ class PackedExperts(nn.Module):
         return self._modules[str(expert)]._modules[self.leaves[projection]]  # type: ignore[union-attr, return-value]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Combined output of the routed experts; see the original module for shapes.
+        """Combined output of the routed experts; see the original module for shapes."""
+        return self._experts.dispatch(hidden_states, *args, *kwargs.values(), run=self._run)
 
-        Sums are taken in float32 and rounded to the dtype of `hidden_states`.
-        """
-        x, index, weights = self._experts.route(hidden_states, *args, *kwargs.values())
-        output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for expert in index.unique().tolist():
-            token, slot = torch.where(index == expert)
-            if expert < self.num_experts and self.widths.gate_up[expert]:
-                y = self._experts.combine(x[token], self._projections(expert))
-            elif self.num_experts <= expert < self.num_experts + self._experts.identity_experts:
-                y = x[token]
-            else:
-                continue
-            output = output.index_add(0, token, (y * weights[token, slot, None]).to(torch.float32))
-        return self._experts.finish(output.to(hidden_states.dtype), hidden_states)
-
-    def _projections(self, expert: int) -> Any:
-        return lambda x, projection: self.linear(expert, projection)(x)
+    def _run(self, expert: int, x: Tensor) -> Tensor | None:
+        if not self.widths.gate_up[expert]:
+            return None
+        return self._experts.combine(x, lambda x, projection: self.linear(expert, projection)(x))
 
     def restore(self, dtype: torch.dtype) -> nn.Module:
         """The original module with dense weights of what is packed here; a dropped expert has zeros."""
