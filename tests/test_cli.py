@@ -70,11 +70,22 @@ def test_errors_are_one_sentence_and_touch_nothing(dense, tmp_path, more, messag
     output = tmp_path / "out"
     output.mkdir()
     (output / "old").write_text("old")
+    (output / "mcmoe_report.json").write_text("{}")
     result = CliRunner().invoke(app, _arguments(dense, output, *more))
     assert result.exit_code == 1
     assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output
     assert (output / "old").read_text() == "old"
+
+
+def test_folders_of_the_user_are_not_replaced(dense, tmp_path):
+    (tmp_path / "thesis.tex").write_text("text")
+    for output in (tmp_path, dense / "dense"):
+        before = sorted(path.name for path in output.iterdir())
+        result = CliRunner().invoke(app, _arguments(dense, output))
+        assert result.exit_code == 1
+        assert "holds no compressed model" in " ".join(result.output.split())
+        assert sorted(path.name for path in output.iterdir()) == before
 
 
 def test_killed_run_leaves_the_old_output_and_can_be_repeated(dense, tmp_path):
@@ -85,7 +96,7 @@ def test_killed_run_leaves_the_old_output_and_can_be_repeated(dense, tmp_path):
     command = [sys.executable, "-m", "transformers_mcmoe", *_arguments(dense, output, "--seed", "1")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    layer = tmp_path / "out.work" / "layer-00000.safetensors"
+    layer = tmp_path / ".out.mcmoe-work" / "layer-00000.safetensors"
     for _ in range(6000):  # killed once the first layer is finished
         if layer.exists() or running.poll() is not None:
             break

@@ -16,14 +16,18 @@ from transformers_mcmoe import PackedExperts, PackedLinear, compression_report
 def test_family(family, tmp_path):
     dense = save_dense(family, tmp_path / "dense")
     ids = tokens(2, 24, seed=1)
-    model = compressed(dense)
+    model, info = compressed(dense, output_loading_info=True)
+    assert not any(info.values()), info
     assert any(isinstance(module, PackedExperts) for module in model.modules())
     assert any(isinstance(m, PackedLinear) and ".experts." not in path for path, m in model.named_modules())
     logits = model(ids).logits
     generated = model.generate(ids, max_new_tokens=4, do_sample=False)
     model.save_pretrained(tmp_path / "packed")
 
-    reloaded = load_class(tmp_path / "packed").from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    reloaded, info = load_class(tmp_path / "packed").from_pretrained(
+        tmp_path / "packed", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
     before, after = model.state_dict(), reloaded.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -3,6 +3,7 @@
 
 import copy
 import json
+import pickle
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import compressed, load_class, quick_config, relative_rms, save_dense, tokens
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from transformers_mcmoe import MCMoEConfig, PackedExperts, PackedLinear, Plan, compression_report
 from transformers_mcmoe.plan import ExpertWidths
@@ -200,6 +201,65 @@ def test_given_plan_with_a_dropped_expert_and_mixed_widths(dense, tmp_path):
     assert relative_rms(model(IDS).logits, again.dequantize()(IDS).logits) <= 1e-5
 
 
+def _experts_names(folder):
+    return {name for name in load_file(folder / "model.safetensors") if ".experts." in name}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "granitemoe", "qwen3_moe"])
+@torch.no_grad()
+def test_base_model_and_model_with_head_load_each_others_checkpoints(family, tmp_path):
+    dense = save_dense(family, tmp_path / "dense")
+    base = AutoModel.from_pretrained(dense, quantization_config=quick_config(), dtype=torch.float32)
+    hidden = base(IDS).last_hidden_state
+    base.save_pretrained(tmp_path / "base")
+    with_head = compressed(dense)
+    with_head.save_pretrained(tmp_path / "head")
+    for name in ("base", "head"):
+        again, info = AutoModel.from_pretrained(tmp_path / name, dtype=torch.float32, output_loading_info=True)
+        assert torch.equal(again(IDS).last_hidden_state, hidden)
+        assert not info["missing_keys"]
+    assert torch.equal(with_head.model(IDS).last_hidden_state, hidden)
+    # the checkpoint of a base model, compressed with a head that it lacks
+    AutoModel.from_pretrained(dense, dtype=torch.float32).save_pretrained(tmp_path / "dense-base")
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense-base", quantization_config=quick_config(), dtype=torch.float32, output_loading_info=True
+    )
+    assert torch.equal(model.model(IDS).last_hidden_state, hidden)
+    assert not info["unexpected_keys"]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_checkpoint_that_is_not_in_the_published_layout(family, tmp_path):
+    dense = save_dense(family, tmp_path / "dense")
+    _load(dense).save_pretrained(tmp_path / "fused", save_original_format=False)
+    assert any(name.endswith("gate_up_proj") for name in load_file(tmp_path / "fused" / "model.safetensors"))
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "fused", quantization_config=quick_config(), dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert torch.equal(model(IDS).logits, compressed(dense)(IDS).logits)
+    model.save_pretrained(tmp_path / "packed")
+    assert torch.equal(_load(tmp_path / "packed")(IDS).logits, model(IDS).logits)
+
+
+def test_layers_that_the_model_does_not_have_are_left_out(tmp_path):
+    """DeepSeek-V3 publishes a layer for multi-token prediction that transformers does not build."""
+    dense = save_dense("deepseek_v3", tmp_path / "dense")
+    expected = compressed(dense)(IDS).logits
+    _rewrite(dense, lambda t: t.update({k.replace("s.1.", "s.2."): v.clone() for k, v in t.items() if "s.1." in k}))
+    model = compressed(dense)
+    assert torch.equal(model(IDS).logits, expected)
+    model.save_pretrained(tmp_path / "packed")
+    assert not [name for name in load_file(tmp_path / "packed" / "model.safetensors") if "layers.2." in name]
+
+
+def test_pickle(packed):
+    model = _load(packed)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
 # --- errors -------------------------------------------------------------------------------------------------------
 
 
@@ -253,7 +313,7 @@ def test_datasets_that_do_not_do(dense, tmp_path):
     with pytest.raises(ValueError, match="gives 12 tokens, 1 sequences of 8, but num_samples=4"):
         compressed(dense, quick_config(dataset=["some texts."], tokenizer=tokenizer, num_samples=4, seq_len=8))
     with pytest.raises(ValueError, match="longer than the 128 positions"):
-        compressed(dense, quick_config(dataset=["some text"], tokenizer=tokenizer, seq_len=256))
+        compressed(dense, quick_config(dataset=tokens(8, 256)))
     with pytest.raises(ValueError, match="reach id 5000"):
         compressed(dense, quick_config(dataset=torch.full((8, 8), 5000)))
 
@@ -270,6 +330,48 @@ def test_missing_packed_tensor_is_named(copied):
     _rewrite(copied, lambda tensors: tensors.pop(name))
     with pytest.raises(ValueError, match=rf"lacks the packed tensor '{name}'"):
         _load(copied)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("gpt_oss", "model.layers.0.mlp.experts.0.gate_proj.bias"),
+        ("gpt_oss", "model.layers.0.mlp.experts.gate_up_proj"),
+        ("qwen2_moe", "model.layers.0.self_attn.q_proj.bias"),
+    ],
+)
+def test_missing_bias_or_guard_is_named(family, name, tmp_path):
+    compressed(save_dense(family, tmp_path / "dense")).save_pretrained(tmp_path / "packed")
+    _rewrite(tmp_path / "packed", lambda tensors: tensors.pop(name))
+    with pytest.raises(ValueError, match=rf"lacks the packed tensor '{name}'"):
+        _load(tmp_path / "packed")
+
+
+def test_unknown_tensor_beside_a_packed_linear_is_named(copied):
+    _rewrite(copied, lambda t: t.update({"model.layers.0.self_attn.q_proj.low_rank_a.weight": torch.zeros(3)}))
+    with pytest.raises(ValueError, match=r"q_proj\.low_rank_a\.weight' is not part"):
+        _load(copied)
+
+
+def test_dense_checkpoint_without_embeddings_is_named(tmp_path):
+    dense = save_dense("mixtral", tmp_path / "dense")
+    _rewrite(dense, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    with pytest.raises(ValueError, match=r"lacks 'model\.embed_tokens\.weight'"):
+        compressed(dense)
+
+
+def test_dense_checkpoint_without_a_layers_tensor_is_named(tmp_path):
+    dense = save_dense("mixtral", tmp_path / "dense")
+    _rewrite(dense, lambda tensors: tensors.pop("model.layers.1.self_attn.q_proj.weight"))
+    with pytest.raises(ValueError, match=r"lacks 'model\.layers\.1\.self_attn\.q_proj\.weight'"):
+        compressed(dense)
+
+
+def test_constraint_that_the_budget_cannot_meet(dense):
+    with pytest.raises(
+        ValueError, match=r"at_least=\{3: 8\} cannot be met: a layer of 8 experts has 14 bits.*takes 24"
+    ):
+        compressed(dense, quick_config(at_least={3: 8}, bits=2.0))
 
 
 def test_misnamed_packed_tensor_is_named(copied):

@@ -173,16 +173,16 @@ class TestSample:
             # SAMPLE / (4 E) = 64 tokens of each expert at most, or all that it has
             assert [int((sample.x[:, 0] // 1000 == e).sum()) for e in range(4)] == [64, FEW_TOKENS - 1, FEW_TOKENS, 0]
             assert sample.weight.tolist() == pytest.approx([mean] * len(sample.x))
-            assert sample.scale == pytest.approx(int(routing.tokens[expert]) / len(sample.x))
+            assert sample.scale == pytest.approx(max(int(routing.tokens[expert]), 1) / len(sample.x))
         assert inputs.sample(2).x.shape == (FEW_TOKENS, H)
 
     def test_many_starved_experts(self, tmp_path: Path):
-        """More experts than a quarter of a sample: one token of each."""
+        """More experts than a quarter of a sample: one token of each; an expert without tokens counts as one."""
         inputs = ExpertInputs(2 * SAMPLE, tmp_path / "x", 0)
         for expert in range(0, 2 * SAMPLE, 64):
             inputs.record(expert, torch.full((2, 1), float(expert)), None)
         assert inputs.sample(1).x.shape == (2 * SAMPLE // 64, 1)
-        assert inputs.sample(1).scale == 0.0
+        assert inputs.sample(1).scale == 64 / (2 * SAMPLE)
 
     def test_no_token_at_all(self, tmp_path: Path):
         inputs = ExpertInputs(4, tmp_path / "x", 0)
@@ -256,11 +256,14 @@ class TestOutputError:
         assert output_error(experts, 0, inputs.sample(0), own) == 0.0
 
     @torch.no_grad()
-    def test_never_routed_expert_has_no_error(self, tmp_path: Path):
+    def test_never_routed_expert_is_measured_as_if_one_token_had_reached_it(self, tmp_path: Path):
         block, x = _block(), torch.randn(2, 100, 32)
         experts = FusedExperts("experts", block.experts)
         inputs = ExpertInputs(4, tmp_path / "x", 0)
         with experts.observe(inputs.record):
             block.experts(x[0], torch.tensor([[0, 1]]).expand(100, 2), torch.full((100, 2), 0.5))
         assert inputs.is_starved(3)
-        assert output_error(experts, 3, inputs.sample(3), self._replacement(experts, 3)) == 0.0
+        replaced, sample = self._replacement(experts, 3), inputs.sample(3)
+        change = experts.run(3, sample.x, replaced) - experts.run(3, sample.x)
+        expected = 0.5 * float(change.square().sum(-1).mean().sqrt())
+        assert output_error(experts, 3, sample, replaced) == pytest.approx(expected, rel=1e-5)

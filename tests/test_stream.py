@@ -35,7 +35,7 @@ def _open(folder, tmp_path, batch=2, ids=None):
 def test_outputs_equal_full_forward(family, tmp_path):
     folder = save_dense(family, tmp_path / "dense")
     model = load_class(folder).from_pretrained(folder, dtype=torch.float32)
-    with computing(torch.device("cpu")):
+    with computing():
         runner = _open(folder, tmp_path)
         assert isinstance(runner, LayerStream)
         expected: dict[str, list[torch.Tensor]] = {path: [] for path in runner.layers}
@@ -56,7 +56,7 @@ def test_outputs_equal_full_forward(family, tmp_path):
 
 
 def test_only_one_layer_is_in_memory(tmp_path):
-    with computing(torch.device("cpu")):
+    with computing():
         runner = _open(save_dense("mixtral", tmp_path / "dense"), tmp_path)
         assert all(p.is_meta for layer in runner._modules for p in layer.parameters())
         assert runner.weights.model.lm_head.weight.is_meta  # the head is never needed
@@ -73,7 +73,7 @@ def test_sharded_checkpoint(tmp_path):
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
     hidden = []
     for folder in (one, tmp_path / "many"):
-        with computing(torch.device("cpu")):
+        with computing():
             runner = _open(folder, tmp_path / folder.name)
             with runner.loaded(0):
                 runner.advance(0)
@@ -101,7 +101,7 @@ def test_layers_that_need_each_other_fall_back(tmp_path, caplog):
 
     mixtral.MixtralModel.forward = forward
     try:
-        with caplog.at_level(logging.WARNING), computing(torch.device("cpu")):
+        with caplog.at_level(logging.WARNING), computing():
             runner = _open(folder, tmp_path)
             assert isinstance(runner, LoadedRunner)
             assert "changes hidden states" in runner.reason

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from transformers_mcmoe import workdir
-from transformers_mcmoe.workdir import FINGERPRINT, WorkDir, fingerprint, replace_directory
+from transformers_mcmoe.workdir import FINGERPRINT, WorkDir, check_replaceable, fingerprint, replace_directory
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -165,33 +165,48 @@ class TestReplaceDirectory:
         assert _content(tmp_path / "out") == "new"
 
     def test_killed_between_the_renames(self, tmp_path: Path):
-        _folder(tmp_path / "out.old", "old")
+        _folder(tmp_path / ".out.mcmoe-old", "old")
         replace_directory(_folder(tmp_path / "new", "new"), tmp_path / "out")
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
         assert _content(tmp_path / "out") == "new"
 
     def test_killed_before_the_old_one_is_removed(self, tmp_path: Path):
-        _folder(tmp_path / "out.old", "older")
+        _folder(tmp_path / ".out.mcmoe-old", "older")
         _folder(tmp_path / "out", "old")
         replace_directory(_folder(tmp_path / "new", "new"), tmp_path / "out")
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
         assert _content(tmp_path / "out") == "new"
 
     def test_old_one_survives_a_failure(self, tmp_path: Path):
-        """The second rename fails: the old folder is whole, and the next run puts it back before it is replaced."""
+        """The second rename fails: the old folder is whole and back in its place."""
         _folder(tmp_path / "out", "old")
         with pytest.raises(OSError, match="missing"):
             replace_directory(tmp_path / "missing", tmp_path / "out")
-        survivor = next(path for path in tmp_path.iterdir() if path.name.startswith("out"))
-        assert _content(survivor) == "old"
+        assert _content(tmp_path / "out") == "old"
         with pytest.raises(OSError, match="missing"):
             replace_directory(tmp_path / "missing", tmp_path / "out")
         assert [_content(path) for path in tmp_path.iterdir()] == ["old"]
 
     def test_suffix_of_the_name_is_kept(self, tmp_path: Path):
-        """model-2.54bit has a "suffix": the old folder is not model-2.old."""
+        """model-2.54bit has a "suffix": the old folder is not model-2."""
         other = _folder(tmp_path / "model-2.old", "other")
         _folder(tmp_path / "model-2.54bit", "old")
         replace_directory(_folder(tmp_path / "new", "new"), tmp_path / "model-2.54bit")
         assert _content(other) == "other"
         assert _content(tmp_path / "model-2.54bit") == "new"
+
+
+class TestCheckReplaceable:
+    def test_ours_new_and_empty_ones_may_be_replaced(self, tmp_path: Path):
+        (tmp_path / "ours").mkdir()
+        (tmp_path / "ours" / "mark").touch()
+        (tmp_path / "empty").mkdir()
+        for name in ("ours", "empty", "new"):
+            check_replaceable(tmp_path / name, "mark")
+
+    def test_a_users_folder_may_not(self, tmp_path: Path):
+        _folder(tmp_path / "thesis", "text")
+        with pytest.raises(ValueError, match="holds no compressed model"):
+            check_replaceable(tmp_path / "thesis", "mark")
+        with pytest.raises(ValueError, match="is a file"):
+            check_replaceable(tmp_path / "thesis" / "file", "mark")

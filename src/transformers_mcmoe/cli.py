@@ -25,8 +25,8 @@ from rich.table import Table
 
 from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.progress import Progress
-from transformers_mcmoe.report import compression_report
-from transformers_mcmoe.workdir import FINGERPRINT, replace_directory
+from transformers_mcmoe.report import REPORT_NAME, compression_report
+from transformers_mcmoe.workdir import FINGERPRINT, check_replaceable, recover_directory, replace_directory
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Mixture-of-Experts compression.")
 console = Console()
@@ -50,15 +50,20 @@ def compress(
     num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 2048,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
-    work_dir: Annotated[Path | None, typer.Option(help="Folder for intermediate files. Default: OUTPUT.work.")] = None,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Folder for intermediate files. Default: a hidden one beside OUTPUT.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Device that layers are run on.")] = None,
     dtype: Annotated[str, typer.Option(help="Floating dtype of what stays dense.")] = "auto",
 ) -> None:
     """Compress MODEL into OUTPUT."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
     transformers.logging.disable_progress_bar()
-    work = work_dir or output.with_name(output.name + ".work")
+    output = output.resolve()
+    work = work_dir or _sibling(output, "work")
     try:
+        recover_directory(output)
+        check_replaceable(output, REPORT_NAME)
         if work_dir is None:
             _clear_leftovers(work)
         with _bars() as show:
@@ -126,17 +131,22 @@ def _bars() -> Iterator[Callable[[Progress], None]]:
 
 def _save(model: Any, source: str, output: Path) -> None:
     """Write the model under a temporary name, then put it in the place of `output`."""
-    new = output.with_name(output.name + ".new")
-    if new.exists():
+    new = _sibling(output, "new")
+    if new.exists():  # of an earlier run that was killed while it saved
         shutil.rmtree(new)
     model.save_pretrained(new, max_shard_size="4GB")
     for loader in (transformers.AutoProcessor, transformers.AutoTokenizer):
         try:
             loader.from_pretrained(source).save_pretrained(new)
             break
-        except (OSError, ValueError, ImportError, KeyError):
-            continue
+        except Exception as error:
+            logging.getLogger(__name__).debug("%s: %s", loader.__name__, error)
     replace_directory(new, output)
+
+
+def _sibling(output: Path, what: str) -> Path:
+    """A folder of ours beside the output."""
+    return output.with_name(f".{output.name}.mcmoe-{what}")
 
 
 def _summary(report: dict[str, Any], output: Path) -> None:

@@ -151,6 +151,8 @@ class MCMoEConfig(QuantizationConfigMixin):
         names = self.modules_to_not_convert
         _check(isinstance(names, list | tuple), "modules_to_not_convert", names, "a list of names or patterns")
         self.modules_to_not_convert = list(names)
+        unused = not self.at_least or self.allocation != "uniform"
+        _check(unused, "at_least", self.at_least, "left out with allocation='uniform'")
         _check(isinstance(self.seed, int) and self.seed >= 0, "seed", self.seed, "an integer >= 0")
         if self.max_memory is not None:
             _check(self.max_memory_bytes > 0, "max_memory", self.max_memory, "bytes, or a string like '12GB'")

@@ -113,11 +113,12 @@ def compress(
     started = time.monotonic()
     device = config.device or torch.device("cpu")
     meter = Meter(config.progress)
-    with computing(device), ExitStack() as stack:
+    with computing(), ExitStack() as stack:
         stack.callback(meter.close)
         structure = Structure(
             copy.deepcopy(model), config.attention_bits, config.shared_expert_bits, config.modules_to_not_convert
         )
+        checkpoint = Checkpoint(checkpoint_files)
         budgets, tokens = _prepare(structure, config)
         _check_memory(structure, config, dtype)
         work = WorkDir(work_dir, _fingerprint(structure, config, checkpoint_files, tokens))
@@ -125,7 +126,7 @@ def compress(
         stack.callback(work.clean)
         runner = open_runner(
             structure.model,
-            Checkpoint(checkpoint_files),
+            checkpoint,
             structure.names,
             list(structure.experts),
             tokens,
@@ -133,6 +134,7 @@ def compress(
             dtype=dtype,
             device=device,
             batch=max(1, BATCH_TOKENS // tokens.shape[1]),
+            limit=config.max_memory_bytes or None,
         )
         if device.type == "cpu" and dtype.itemsize == 2:
             for experts in structure.experts.values():
@@ -161,12 +163,8 @@ def _prepare(structure: Structure, config: MCMoEConfig) -> tuple[dict[str, int],
     sizes = [LayerSize(e.num_experts, structure.expert_weights(path)) for path, e in structure.experts.items()]
     fixed = sum(linears[path] * bits for path, bits in structure.linears.items())
     budgets = expert_budgets(config.bits, sizes, config.expert_bits, sum(linears.values()), fixed)
+    _check_at_least(config, sizes, budgets)
     model = structure.model
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and config.seq_len > limit and not torch.is_tensor(config.dataset):
-        raise ValueError(
-            f"seq_len={config.seq_len} is longer than the {limit} positions of this model; lower seq_len."
-        )
     tokens = calibration_tokens(
         config.dataset,
         config.tokenizer,
@@ -175,6 +173,9 @@ def _prepare(structure: Structure, config: MCMoEConfig) -> tuple[dict[str, int],
         seed=config.seed,
         model_name=getattr(model.config, "name_or_path", ""),
     )
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int) and tokens.shape[1] > limit:
+        raise ValueError(f"seq_len={tokens.shape[1]} is longer than the {limit} positions of this model; lower it.")
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if int(tokens.max()) >= vocabulary or int(tokens.min()) < 0:
         raise ValueError(
@@ -182,6 +183,19 @@ def _prepare(structure: Structure, config: MCMoEConfig) -> tuple[dict[str, int],
             "give the model's own tokenizer."
         )
     return dict(zip(structure.experts, budgets, strict=True)), tokens
+
+
+def _check_at_least(config: MCMoEConfig, sizes: Sequence[LayerSize], budgets: Sequence[int]) -> None:
+    """Raise ValueError if a layer's budget cannot give `at_least` experts their widths."""
+    asked = sum(config.at_least.values())
+    for size, budget in zip(sizes, budgets, strict=True):
+        least = sum(bits * count for bits, count in config.at_least.items())
+        least += config.expert_bits[0] * (size.num_experts - asked)
+        if asked > size.num_experts or least > budget:
+            raise ValueError(
+                f"at_least={config.at_least} cannot be met: a layer of {size.num_experts} experts has {budget} bits at "
+                f"bits={config.bits}, but that takes {least}; ask for fewer, or raise bits."
+            )
 
 
 def _fingerprint(structure: Structure, config: MCMoEConfig, files: Sequence[str | Path], tokens: Tensor) -> str:
@@ -237,8 +251,10 @@ class _Job:
         self.fallbacks = [f"The whole dense model was loaded: {runner.reason}."] if runner.reason else []
         self.seconds: dict[str, float] = {}
         self.keys: dict[str, list[str]] = {}  # model tensor -> checkpoint tensors it is made of
+        self.originals: dict[str, str] = {}  # model name after renamings only -> checkpoint tensor
         for key, target in sorted(runner.weights.targets.items()):
             self.keys.setdefault(target, []).append(key)
+            self.originals[structure.names.renamed(key)] = key
 
     def run(self) -> tuple[Plan, list[Path]]:
         """All stages; returns the plan and the packed files."""
@@ -328,14 +344,14 @@ class _Job:
         """Errors of every width of every expert; returns the packed matrices they were measured with."""
         experts, result = self.structure.experts[path], self.layers[path]
         result.starved = [e for e in range(experts.num_experts) if inputs.is_starved(e)]
-        if result.starved:
-            self._fall_back(
-                f"{path}: experts {result.starved} saw too few calibration tokens; their errors were measured on "
-                "tokens of all experts of the layer."
-            )
         packed: Candidates = {}
         if self.config.allocation not in MEASURED:
             return packed
+        if result.starved:
+            self._fall_back(
+                f"{path}: experts {result.starved} saw too few calibration tokens; their errors were measured on "
+                "tokens of all experts of the layer, and those that saw none count as if they had seen one."
+            )
         every = list(range(experts.num_experts))
         for bits in self.config.expert_bits:
             packed |= {(e, bits): p for e, p in self._round(experts, every, {"gate_up": bits, "down": bits}).items()}
@@ -379,9 +395,11 @@ class _Job:
             raise ValueError(f"No calibration token reached the experts of '{path}'; use other calibration data.")
         count = len(result.routing.tokens)
         errors = [result.errors.get(bits, [0.0] * count) for bits in config.expert_bits]
+        # an expert without tokens is of little significance, not of none
+        tokens, weight = result.routing.tokens.to(torch.float64).numpy(), result.routing.weight.numpy()
         statistics = ExpertStatistics(
-            result.routing.tokens.to(torch.float64).numpy(),
-            result.routing.weight.numpy(),
+            np.maximum(tokens, 1.0),
+            np.where(tokens > 0, weight, weight.sum() / tokens.sum()),
             np.asarray(errors, dtype=np.float64).T * scale,
         )
         return SCORES[config.allocation](
@@ -468,10 +486,14 @@ class _Job:
 
     def _published(self, name: str) -> str:
         """The checkpoint's own name for a tensor, or the family's where the checkpoint has none."""
-        keys = self.keys.get(name)
-        return keys[0] if keys else self.structure.names.published(name)
+        if name in self.originals:
+            return self.originals[name]
+        layer = ".".join(name.split(".")[:-4])
+        example = next((key for target, keys in self.keys.items() if target.startswith(layer) for key in keys), None)
+        return self.structure.names.published(name, example)
 
 
 def unread_patterns(structure: Structure, replaced: Sequence[str]) -> set[str]:
     """Patterns for the loader's names of dense tensors that packed ones replace under other names."""
-    return {f"^{re.escape(structure.names.renamed(key))}$" for key in replaced}
+    names = structure.names
+    return {f"^{re.escape(name)}$" for key in replaced for name in (names.renamed(key), names.unprefixed(key))}

@@ -69,6 +69,26 @@ class Plan:
     experts: Mapping[str, ExpertWidths]
     linears: Mapping[str, int] = field(default_factory=dict)
 
+    def under(self, modules: Iterable[str], prefix: str) -> Plan:
+        """The same plan for a model with or without its head, whose module paths differ by a prefix.
+
+        Args:
+            modules: paths of experts modules in the model.
+            prefix: the base model's name in the model with a head, e.g. "model".
+        """
+        if not prefix or set(self.experts) & set(modules):
+            return self
+        inside = any(path.startswith(f"{prefix}.") for path in modules)
+
+        def move(path: str) -> str:
+            bare = path.removeprefix(f"{prefix}.")
+            return f"{prefix}.{bare}" if inside else bare
+
+        return Plan(
+            {move(path): widths for path, widths in self.experts.items()},
+            {move(path): bits for path, bits in self.linears.items()},
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form: digit strings per layer; linear layers that differ only in the layer number share a string."""
         experts = {

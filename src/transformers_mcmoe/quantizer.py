@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import types
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,12 +78,13 @@ class MCMoEHfQuantizer(HfQuantizer):
         if plan is None:
             raise ValueError("The checkpoint's quantization_config has no plan; it was not written by this package.")
         structure = Structure(model)
+        plan = self.quantization_config.plan = plan.under(structure.experts, model.base_model_prefix)
         self._packed = {path: experts for path, experts in structure.experts.items() if path in plan.experts}
         self._dense = [path for path in structure.experts if path not in plan.experts]
         structure.experts = self._packed
         structure.check(plan)
         replace_modules(model, structure, plan, self.quantization_config.group_size)
-        check_tensors(model, structure, checkpoint_files, self._packed)
+        check_tensors(model, structure, checkpoint_files)
         return model
 
     def _compress(self, model: Any, checkpoint_files: list[str], dtype: torch.dtype) -> None:
@@ -102,7 +103,7 @@ class MCMoEHfQuantizer(HfQuantizer):
         config.plan, self._result = result.plan, result
         self.pre_quantized = True
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Drops the converters that would stack packed experts."""
         return packed_conversions(weight_conversions, self._packed, self._dense)
 
@@ -112,7 +113,7 @@ class MCMoEHfQuantizer(HfQuantizer):
             self.report = build_report(model, self.quantization_config, self._result)
             self.quantization_config.bits = round(average_bits(self._result.matrices), 6)
             self._result = None
-        model.save_pretrained = types.MethodType(_save_pretrained, model)
+        model.save_pretrained = types.MethodType(save_pretrained, model)
         return model
 
     @contextmanager
@@ -167,7 +168,7 @@ class MCMoEHfQuantizer(HfQuantizer):
         return False
 
 
-def _save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
     """`save_pretrained` of a packed model: the model's own, with the report beside the weights."""
     with self.hf_quantizer.saving_to(Path(save_directory)):
         return type(self).save_pretrained(self, save_directory, *args, **kwargs)
@@ -206,7 +207,7 @@ def _dense_linear(packed: PackedLinear, dtype: torch.dtype) -> nn.Linear:
     return linear
 
 
-def check_tensors(model: Any, structure: Structure, files: list[str], packed: Mapping[str, Experts]) -> None:
+def check_tensors(model: Any, structure: Structure, files: list[str]) -> None:
     """Compare the headers of a checkpoint with the packed modules, before anything is loaded.
 
     Raises:
@@ -214,23 +215,25 @@ def check_tensors(model: Any, structure: Structure, files: list[str], packed: Ma
     """
     state = model.state_dict()
     wanted = {
-        f"{path}.weight": tuple(module.weight.shape)
+        name: (tuple(parameter.shape), parameter.dtype == torch.uint8)
         for path, module in model.named_modules()
-        if isinstance(module, PackedLinear) and module.weight is not None
+        if isinstance(module, PackedExperts | PackedLinear)
+        for name, parameter in module.named_parameters(path)
     }
+    modules = tuple(f"{path}." for path, m in model.named_modules() if isinstance(m, PackedExperts | PackedLinear))
     ignored = model._keys_to_ignore_on_load_unexpected or ()
-    fused = tuple(f"{path}." for path, experts in packed.items() if isinstance(experts, FusedExperts))
     unknown: list[str] = []
     for key, tensor in Checkpoint(files).slices.items():
-        name = structure.names.renamed(key, state)
+        name = structure.names.packed_name(key, state)
         if name in wanted:
-            shape, want = tuple(tensor.get_shape()), wanted.pop(name)
-            if shape != want or tensor.get_dtype() != "U8":
+            shape, (want, is_packed) = tuple(tensor.get_shape()), wanted.pop(name)
+            if shape != want or (tensor.get_dtype() == "U8") != is_packed:
                 raise ValueError(
-                    f"The packed tensor '{key}' is {tensor.get_dtype()} of shape {shape}, but the plan says U8 of "
-                    f"shape {want}; the checkpoint is damaged or its config.json belongs to another one."
+                    f"The packed tensor '{key}' is {tensor.get_dtype()} of shape {shape}, but the plan says "
+                    f"{'U8' if is_packed else 'a float'} of shape {want}; the checkpoint is damaged or its config.json "
+                    "belongs to another one."
                 )
-        elif name.startswith(fused) and name not in state and not any(_matches(p, name) for p in ignored):
+        elif name.startswith(modules) and name not in state and not any(_matches(p, name) for p in ignored):
             unknown.append(key)
     hint = f"; it has the unknown tensor '{unknown[0]}'" if unknown else ""
     if wanted:

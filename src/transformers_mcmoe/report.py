@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from transformers.utils import cached_file
 
 from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig
 from transformers_mcmoe.pipeline import Compressed, LayerResult
-from transformers_mcmoe.plan import Matrix, average_bits, bits_per_weight
+from transformers_mcmoe.plan import average_bits, bits_per_weight
 from transformers_mcmoe.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def _activated_bytes(model: Any, config: MCMoEConfig, result: Compressed) -> int
     read: float = sum(t.nbytes for name, t in _tensors(model).items() if not name.startswith(inside))
     if not tied:  # one row of the embedding is read; a tied one is read whole as the output head
         read -= embeddings.weight.nbytes
-    sizes = _expert_bytes(result.matrices, config.group_size)
+    sizes = _expert_bytes(result, config.group_size)
     for path, layer in result.layers.items():
         if layer.routing is not None:
             share = layer.routing.tokens.to(torch.float64) / result.tokens
@@ -109,11 +109,14 @@ def _activated_bytes(model: Any, config: MCMoEConfig, result: Compressed) -> int
     return round(read)
 
 
-def _expert_bytes(matrices: Sequence[Matrix], group_size: int) -> dict[str, int]:
+def _expert_bytes(result: Compressed, group_size: int) -> dict[str, int]:
+    """Packed bytes by "{experts path}.{expert}"."""
     sizes: dict[str, int] = {}
-    for matrix in matrices:
-        expert = matrix.name.rpartition(".")[0]
-        sizes[expert] = sizes.get(expert, 0) + matrix.packed_bytes(group_size)
+    for matrix in result.matrices:
+        path = next((path for path in result.plan.experts if matrix.name.startswith(path + ".")), None)
+        if path is not None:
+            expert = f"{path}.{matrix.name.removeprefix(path + '.').partition('.')[0]}"
+            sizes[expert] = sizes.get(expert, 0) + matrix.packed_bytes(group_size)
     return sizes
 
 

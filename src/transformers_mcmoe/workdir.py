@@ -100,16 +100,38 @@ def _write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def check_replaceable(output: Path, mark: str) -> None:
+    """Raise ValueError unless a folder may be replaced as a whole: it is new, empty, or holds the file `mark`."""
+    if output.is_dir() and any(output.iterdir()) and not (output / mark).is_file():
+        raise ValueError(f"'{output}' is not empty and holds no compressed model; choose another output folder.")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"'{output}' is a file; choose a folder for the output.")
+
+
 def replace_directory(new: Path, output: Path) -> None:
     """Put a finished folder in the place of another; the old one is whole until the new one stands."""
-    old = output.with_name(output.name + ".old")
-    if old.exists():
-        if not output.exists():  # an earlier run was killed between the two renames
-            old.rename(output)
-        else:
-            shutil.rmtree(old)
+    recover_directory(output)
+    old = _old(output)
     if output.exists():
         output.rename(old)
-    new.rename(output)
+    try:
+        new.rename(output)
+    except OSError:
+        recover_directory(output)
+        raise
     if old.exists():
         shutil.rmtree(old)
+
+
+def recover_directory(output: Path) -> None:
+    """Undo the half of a `replace_directory` that was killed between its steps."""
+    old = _old(output)
+    if old.exists():
+        if output.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(output)
+
+
+def _old(output: Path) -> Path:
+    return output.with_name(f".{output.name}.mcmoe-old")

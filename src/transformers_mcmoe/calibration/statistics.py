@@ -105,7 +105,7 @@ class ExpertInputs:
         """Inputs to measure an expert on.
 
         A starved expert is measured on tokens of all experts, as if they had been routed to it, with the layer's mean
-        routing weight; the scale still follows from the tokens it really got.
+        routing weight; the scale follows from the tokens it really got, one if it got none.
 
         Raises:
             ValueError: no token reached any expert of the layer.
@@ -121,7 +121,7 @@ class ExpertInputs:
         parts = [self._x[e, : min(int(t), share)] for e, t in enumerate(tokens.tolist())]
         x = torch.cat(parts)
         mean = float(self.routing.weight.sum() / tokens.sum())
-        return Sample(x, torch.full((len(x),), mean), count / len(x))
+        return Sample(x, torch.full((len(x),), mean), max(count, 1) / len(x))
 
 
 def output_errors(
@@ -146,7 +146,7 @@ def output_errors(
     dense = experts.run(expert, x)
     errors = []
     for matrices in candidates:
-        change = experts.run(expert, x, matrices).sub_(dense)
+        change = experts.run(expert, x, {name: matrix.to(device) for name, matrix in matrices.items()}).sub_(dense)
         squared = change.square().sum(-1).to(torch.float64) * weight.square()
         errors.append(float((squared.sum() * sample.scale).sqrt()))
     return errors

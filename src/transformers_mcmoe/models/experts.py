@@ -365,7 +365,9 @@ def _in_blocks(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def _is_fused(module: nn.Module) -> bool:
     down = getattr(module, "down_proj", None)
-    return all(hasattr(module, flag) for flag in FLAGS) and isinstance(down, nn.Parameter) and down.dim() == 3
+    # older releases set fewer of the flags; those two have always been there
+    flagged = hasattr(module, "is_transposed") and hasattr(module, "has_bias")
+    return flagged and isinstance(down, nn.Parameter) and down.dim() == 3
 
 
 def _is_expert_list(path: str, module: nn.Module) -> bool:

@@ -38,18 +38,48 @@ class CheckpointNames:
             return key, None
         return name, pattern
 
-    def renamed(self, key: str, state: Mapping[str, Any] | None = None) -> str:
-        """A checkpoint name after renamings only, the name under which a packed tensor is loaded."""
-        state = self._state if state is None else state
+    def holds(self, target: str) -> bool:
+        """Whether a name is a tensor of the model."""
+        return target in self._state
+
+    def renamed(self, key: str) -> str:
+        """A checkpoint name after renamings only, the name under which a packed tensor is loaded.
+
+        A model with a head and its base model differ by a prefix, and either loads the other's checkpoints: the
+        prefix goes or comes as it does for the tensor that the dense one ends in.
+        """
+        name = self.unprefixed(key)
+        target, prefix = self.target(key)[0], f"{self._prefix}."
+        if self._prefix and name.startswith(prefix) and not target.startswith(prefix):
+            return name.removeprefix(prefix)
+        if self._prefix and target.startswith(prefix) and not name.startswith(prefix):
+            return prefix + name
+        return name
+
+    def unprefixed(self, key: str) -> str:
+        """A checkpoint name after renamings, with the checkpoint's own prefix or none."""
+        return rename_source_key(key, self.renamings, [])[0]
+
+    def packed_name(self, key: str, state: Mapping[str, Any]) -> str:
+        """The name in a packed model's `state` of a tensor of its checkpoint."""
         return rename_source_key(key, self.renamings, [], self._prefix, state)[0]  # type: ignore[arg-type]
 
-    def published(self, name: str) -> str:
-        """The checkpoint name of a packed model tensor: the inverse of `renamed`, else the name itself."""
+    def published(self, name: str, example: str | None = None) -> str:
+        """The checkpoint name of a packed model tensor: the inverse of `packed_name`, else the name itself.
+
+        Args:
+            name: the model's name.
+            example: a checkpoint name of a tensor beside it, which tells whether the checkpoint has the prefix.
+        """
         key = name
         for renaming in reversed(self.renamings):
             if renaming.was_used():
                 key, _ = renaming.reverse_transform().rename_source_key(key)
-        return key if self.renamed(key, {name: None}) == name else name
+        prefix = f"{self._prefix}."
+        if example is not None and self._prefix:
+            key = key.removeprefix(prefix)
+            key = prefix + key if example.startswith(prefix) else key
+        return key if self.packed_name(key, {name: True}) == name else name
 
     def leaves(self, experts: Experts) -> dict[str, str]:
         """Projection name -> name of its tensor's module below `{path}.{expert}`, e.g. gate_proj -> w1 for Mixtral.

@@ -42,14 +42,14 @@ class _LastLayer(Exception):
 
 
 @contextmanager
-def computing(device: torch.device) -> Iterator[None]:
+def computing() -> Iterator[None]:
     """Steps out of the contexts that `from_pretrained` builds models in: meta device and the model's default dtype."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        with torch.device(device), torch.no_grad():
+        with torch.device("cpu"), torch.no_grad():
             yield
     finally:
         torch.set_default_dtype(dtype)
@@ -112,9 +112,15 @@ class Weights:
         if info.mismatched_keys or info.conversion_errors:
             raise ValueError(
                 "The checkpoint does not fit the model: "
-                + ", ".join(str(item) for item in [*info.mismatched_keys, *info.conversion_errors.values()][:5])
+                + "; ".join(str(item) for item in [*info.mismatched_keys, *info.conversion_errors.items()][:5])
             )
         self._make_buffers(root)
+
+    def check_embeddings(self) -> None:
+        """Raise ValueError if the checkpoint has no input embeddings."""
+        for path, module in self.model.named_modules():
+            if module is self.model.get_input_embeddings() and module.weight.is_meta:
+                raise ValueError(f"The checkpoint lacks '{path}.weight'; download or write it again.")
 
     def _make_buffers(self, root: nn.Module) -> None:
         """Buffers such as rotary frequencies are in no checkpoint; the model's own initialisation computes them."""
@@ -239,10 +245,9 @@ class LayerStream(LayerRunner):
         head = self.weights.model.get_output_embeddings()
         heads = {name for name, module in self.weights.model.named_modules() if head is not None and module is head}
         groups: dict[int, list[str]] = {}
-        state = self.weights.names._state
         for key, target in self.weights.targets.items():
             layer = next((i for i, path in enumerate(self.layers) if target.startswith(path + ".")), -1)
-            if target in state and target.rpartition(".")[0] not in heads:
+            if self.weights.names.holds(target) and target.rpartition(".")[0] not in heads:
                 groups.setdefault(layer, []).append(key)
         return groups
 
@@ -252,6 +257,7 @@ class LayerStream(LayerRunner):
         rest = nn.ModuleList([m for p, m in model.named_modules() if p and not p.startswith(tuple(self.layers))])
         self.weights.load(self._keys.get(-1, []), _Without(rest, self._modules))
         self.weights.tie()
+        self.weights.check_embeddings()
         self._returns_tuple = self._probe()
         self._arguments: list[list[tuple[tuple, dict]]] = []
         for batch in self._batches:
@@ -364,6 +370,7 @@ class LoadedRunner(LayerRunner):
         self._tokens = [tokens[start : start + batch] for start in range(0, len(tokens), batch)]
         weights.load(list(weights.slices), weights.model)
         weights.tie()
+        weights.check_embeddings()
 
     @contextmanager
     def loaded(self, i: int) -> Iterator[nn.Module]:
@@ -407,6 +414,7 @@ def open_runner(
     dtype: torch.dtype,
     device: torch.device,
     batch: int,
+    limit: int | None = None,
 ) -> LayerRunner:
     """A runner for a model's decoder layers: streamed where possible, else with the whole model loaded.
 
@@ -420,6 +428,10 @@ def open_runner(
         dtype: floating dtype of weights and hidden states.
         device: where layers run.
         batch: sequences per forward pass.
+        limit: bytes that a model which cannot be streamed may take.
+
+    Raises:
+        ValueError: the model cannot be streamed and is larger than `limit`, or the checkpoint does not fit it.
     """
     model.eval()  # from_pretrained does this only after loading; router jitter and dropout would be live
     weights = Weights(model, checkpoint, names, dtype, device)
@@ -430,6 +442,12 @@ def open_runner(
             raise NotStreamable(f"its experts lie in {len(stacks)} stacks of layers ({', '.join(stacks)})")
         return LayerStream(weights, layers, tokens, work_dir, batch)
     except NotStreamable as error:
+        size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+        if limit is not None and size > limit:
+            raise ValueError(
+                f"{type(model).__name__} cannot be streamed ({error}), and the whole dense model takes "
+                f"{size / 1e9:.2f} GB; raise max_memory."
+            ) from error
         logger.warning(
             "%s cannot be streamed: %s. The whole dense model is loaded for calibration.", type(model).__name__, error
         )

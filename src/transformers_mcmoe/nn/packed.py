@@ -8,7 +8,6 @@ chosen and how files are read is not their business.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,9 +156,9 @@ class PackedExperts(nn.Module):
         """A projection of an expert that was not dropped."""
         return self._modules[str(expert)]._modules[self.leaves[projection]]  # type: ignore[union-attr, return-value]
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Tensor) -> Tensor:
         """Combined output of the routed experts; see the original module for shapes."""
-        return self._experts.dispatch(hidden_states, *args, *kwargs.values(), run=self._run)
+        return self._experts.dispatch(hidden_states, *args, run=self._run)
 
     def _run(self, expert: int, x: Tensor) -> Tensor | None:
         if not self.widths.gate_up[expert]:
