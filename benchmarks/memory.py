@@ -113,7 +113,7 @@ def main() -> None:
     """Run each depth in a process of its own, append a row each, and check the bounds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[10, 30])
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

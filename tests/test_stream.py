@@ -117,3 +117,17 @@ def test_truncated_file_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"model\.safetensors' cannot be read"):
         Checkpoint([file])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])
+def test_writing_to_a_layer_does_not_reach_the_mapped_file(family, tmp_path):
+    """Written pages of a mapped file would stay in memory, and be read again in a second pass."""
+    with computing():
+        runner = _open(save_dense(family, tmp_path / "dense"), tmp_path)
+        with runner.loaded(0) as layer:
+            original = {name: parameter.clone() for name, parameter in layer.named_parameters()}
+            for parameter in layer.parameters():
+                parameter.fill_(7.0)
+        with runner.loaded(0) as layer:
+            assert all(torch.equal(parameter, original[name]) for name, parameter in layer.named_parameters())

@@ -325,6 +325,9 @@ class LayerStream(LayerRunner):
         missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
         if missing:
             raise ValueError(f"The checkpoint lacks '{self.layers[i]}.{missing[0]}'; download or write it again.")
+        for parameter in module.parameters():
+            # a tensor may be a view of the mapped file: what is written to it would stay in memory until the file is closed
+            parameter.data = parameter.data.clone()
         try:
             yield module
         finally:
