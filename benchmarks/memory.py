@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "memory.jsonl"
 SHAPE = {
@@ -59,7 +60,7 @@ def build(layers: int, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_file))
 
 
-def measure(folder: Path, samples: int, seq_len: int) -> dict[str, float]:
+def measure(folder: Path, samples: int, seq_len: int, allocation: str) -> dict[str, Any]:
     """Compress in this process; returns bytes and seconds."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -85,7 +86,7 @@ def measure(folder: Path, samples: int, seq_len: int) -> dict[str, float]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     started = time.monotonic()
-    config = MCMoEConfig(2.54, dataset=tokens, num_samples=samples)
+    config = MCMoEConfig(2.54, dataset=tokens, num_samples=samples, allocation=allocation)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
     seconds = time.monotonic() - started
     after = anonymous_memory()
@@ -115,10 +116,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[10, 30])
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--allocation", default="pmq", help="uniform is quicker: it rounds at one width, not at three")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure is not None:
-        print(json.dumps(measure(options.measure, options.samples, options.seq_len)))
+        print(json.dumps(measure(options.measure, options.samples, options.seq_len, options.allocation)))
         return
     rows = []
     for layers in options.layers:
@@ -126,10 +128,12 @@ def main() -> None:
             build(layers, Path(folder))
             command = [sys.executable, __file__, "--measure", folder]
             command += ["--samples", str(options.samples), "--seq-len", str(options.seq_len)]
+            command += ["--allocation", options.allocation]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         row = json.loads(done.stdout.splitlines()[-1])
         row |= {
             "layers": layers,
+            "allocation": options.allocation,
             "tokens": options.samples * options.seq_len,
             "load": round(os.getloadavg()[0], 1),
             "cpus": os.cpu_count(),

@@ -446,6 +446,9 @@ class _Job:
         for expert in range(experts.num_experts):
             if expert not in ready:
                 experts.drop(expert)
+                for p in experts.projections:
+                    name = experts.tensor(expert, leaves[p.name])
+                    self.replaced += self.keys.get(f"{name}.weight", []) + self.keys.get(f"{name}.bias", [])
                 continue
             for p in experts.projections:
                 name, packed = experts.tensor(expert, leaves[p.name]), ready[expert][p.name]

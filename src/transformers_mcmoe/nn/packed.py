@@ -7,6 +7,7 @@ chosen and how files are read is not their business.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -156,8 +157,11 @@ class PackedExperts(nn.Module):
         """A projection of an expert that was not dropped."""
         return self._modules[str(expert)]._modules[self.leaves[projection]]  # type: ignore[union-attr, return-value]
 
-    def forward(self, hidden_states: Tensor, *args: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Combined output of the routed experts; see the original module for shapes."""
+        if kwargs:  # families name the routing tensors differently
+            signature = inspect.signature(type(self._experts.module).forward)
+            args = signature.bind(self, hidden_states, *args, **kwargs).args[2:]
         return self._experts.dispatch(hidden_states, *args, run=self._run)
 
     def _run(self, expert: int, x: Tensor) -> Tensor | None:
