@@ -33,7 +33,7 @@ from transformers_mcmoe.calibration.data import calibration_tokens
 from transformers_mcmoe.calibration.statistics import ExpertInputs, RoutingStatistics, output_errors
 from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig
 from transformers_mcmoe.models.experts import Experts, FusedExperts
-from transformers_mcmoe.models.stream import Checkpoint, LayerRunner, computing, open_runner
+from transformers_mcmoe.models.stream import Checkpoint, LayerRunner, computing, open_runner, return_free_memory
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.plan import ExpertWidths, Matrix, Plan
 from transformers_mcmoe.progress import Meter
@@ -291,6 +291,7 @@ class _Job:
                     packed = {path: self._measure(path, inputs[path]) for path in paths}
                     widths |= {path: ExpertWidths.of(self._allocate_layer(path)) for path in paths}
                 files.append(self._write(i, Plan(widths, self.structure.linears), packed))
+                packed.clear()
                 if i + 1 < len(self.runner.layers) and not self.runner.recomputes:
                     self.runner.advance(i)
             self.meter.layer_done()
@@ -386,6 +387,7 @@ class _Job:
                 rounded = pack(quantize(rows, bits[p.role], size)).cpu()
                 for expert, matrix in zip(part, rounded.split(p.out_features), strict=True):
                     packed[expert][p.name] = matrix.clone()
+                return_free_memory()
         return packed
 
     def _cost(self, path: str, scale: float = 1.0) -> np.ndarray:
@@ -458,6 +460,7 @@ class _Job:
                 bias = experts.bias(expert, p.name)
                 if bias is not None and isinstance(experts, FusedExperts):
                     tensors[self._published(f"{name}.bias")] = bias.to("cpu", copy=True).contiguous()
+            return_free_memory()
         if isinstance(experts, FusedExperts):
             self._replace(experts, tensors)
 

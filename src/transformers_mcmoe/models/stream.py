@@ -167,11 +167,11 @@ def unload(module: nn.Module) -> None:
             if buffer is not None:
                 part._buffers[name] = torch.empty_like(buffer, device="meta")
     gc.collect()
-    _return_free_memory()
+    return_free_memory()
 
 
-def _return_free_memory() -> None:
-    """Give freed heap pages back to the system: glibc keeps blocks of up to 32 MB, a layer's worth of experts."""
+def return_free_memory() -> None:
+    """Give freed heap pages back to the system: glibc keeps blocks of up to 32 MB, the temporaries of an expert."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -328,6 +328,7 @@ class LayerStream(LayerRunner):
         for parameter in module.parameters():
             # a tensor may be a view of the mapped file: what is written to it would stay in memory until the file is closed
             parameter.data = parameter.data.clone()
+        return_free_memory()
         try:
             yield module
         finally:
