@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= dev,lora
+EXTRAS ?= dev,lora,hqq
 STAMP := $(VENV)/.installed
 
 .PHONY: demo test check bench format clean

@@ -22,11 +22,11 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "memory.jsonl"
 SHAPE = {
-    "vocab_size": 32000,
-    "hidden_size": 1088,
-    "intermediate_size": 3808,  # Mixtral's ratio of 3.5
-    "num_attention_heads": 17,
-    "num_key_value_heads": 17,
+    "vocab_size": 48000,
+    "hidden_size": 1024,
+    "intermediate_size": 3584,  # Mixtral's ratio of 3.5
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 4096,
@@ -66,8 +66,8 @@ def measure(folder: Path, samples: int, seq_len: int, allocation: str) -> dict[s
     from transformers import AutoModelForCausalLM
 
     from transformers_mcmoe import MCMoEConfig, compression_report
+    from transformers_mcmoe.memory import anonymous_memory
     from transformers_mcmoe.pipeline import OVERHEAD
-    from transformers_mcmoe.progress import anonymous_memory
 
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, SHAPE["vocab_size"], (samples, seq_len), generator=generator)

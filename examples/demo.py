@@ -27,6 +27,13 @@ BITS = 2.54
 WINDOW = 256
 SAMPLES = 128
 PROMPT = "Return a list of"
+# the default comes last: it is the one that is saved and reloaded
+ROWS = {
+    "uniform, nearest": {"allocation": "uniform", "rounding": "nearest"},
+    "PMQ, nearest": {"rounding": "nearest"},
+    "uniform, GPTQ": {"allocation": "uniform"},
+    "PMQ, GPTQ": {},
+}
 
 console = Console(width=110)
 
@@ -54,9 +61,9 @@ def main() -> None:
         table.add_column(name, justify="right" if name else "left")
     size = sum(p.numel() for p in dense.parameters()) * 2  # bytes in bf16, as all sizes here
     _row(table, "dense", evaluate(dense, test, dense), "16", "16", size, 0.0)
-    for allocation in ("uniform", "pmq"):
+    for name, options in ROWS.items():
         begin = time.monotonic()
-        config = MCMoEConfig(BITS, allocation=allocation, dataset=train, num_samples=SAMPLES, seq_len=WINDOW)
+        config = MCMoEConfig(BITS, dataset=train, num_samples=SAMPLES, seq_len=WINDOW, **options)
         model = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config, dtype=torch.float32)
         seconds = time.monotonic() - begin
         report = compression_report(model)
@@ -64,7 +71,6 @@ def main() -> None:
         # counted with 2 bytes for what stays dense, as it is saved in bf16
         rest = sum(p.numel() for p in model.parameters() if p.dtype != torch.uint8)
         size = report["sizes"]["quantized_bytes"] + 2 * rest
-        name = {"uniform": "uniform", "pmq": "PMQ"}[allocation]
         _row(table, name, evaluate(model, test, dense), average, per_weight, size, seconds)
     console.print(table)
     _reload(model, tokenizer, test[:4])

@@ -29,7 +29,15 @@ OPTIONS: dict[str, Any] = {
     "alpha": 0.5,
     "beta": 2,
     "gamma": 0.0,
+    "eps": "nearest",
     "at_least": {4: 1, 2: 2},
+    "rounding": "nearest",
+    "fit": "minmax",
+    "symmetric": True,
+    "integer_zeros": True,
+    "act_order": True,
+    "damping": 0.1,
+    "activations": "dense",
     "dataset": "org/name:subset",
     "num_samples": 7,
     "seq_len": 77,
@@ -54,7 +62,16 @@ def test_defaults():
         "alpha": 1.0,
         "beta": 1.5,
         "gamma": 2.0,
+        "eps": "final",
         "at_least": {},
+        "preset": None,
+        "rounding": "gptq",
+        "fit": "search",
+        "symmetric": False,
+        "integer_zeros": False,
+        "act_order": False,
+        "damping": 0.01,
+        "activations": "compressed",
         "dataset": None,
         "num_samples": 128,
         "seq_len": 2048,
@@ -75,7 +92,12 @@ def test_json_round_trip(options: dict[str, Any]):
 
 
 def test_every_option_is_in_the_round_trip():
-    assert set(OPTIONS) == set(MCMoEConfig().to_dict()) - {"quant_method", "format_version", "average_bits"} | {"bits"}
+    assert set(OPTIONS) == set(MCMoEConfig().to_dict()) - {
+        "quant_method",
+        "format_version",
+        "average_bits",
+        "preset",
+    } | {"bits"}
     defaults = MCMoEConfig()
     assert all(getattr(defaults, name) != value for name, value in OPTIONS.items())
 
@@ -158,7 +180,20 @@ def test_runtime_options_are_kept_in_memory(tmp_path: Path):
         ({"group_size": -32}, "group_size=-32 is not valid"),
         ({"group_size": 64.0}, r"group_size=64\.0 is not valid"),
         ({"budget": "expert"}, r"budget='expert' is not valid: it must be one of \('layer', 'model'\)"),
-        ({"allocation": "hessian"}, r"allocation='hessian' is not valid: it must be one of \('pmq', 'uniform'"),
+        ({"allocation": "best"}, r"allocation='best' is not valid: it must be one of \('pmq', 'uniform'"),
+        ({"allocation": "bsp"}, "allocation='bsp' is not valid: it must be used with budget='model', two expert_bits"),
+        ({"allocation": "bsp", "budget": "model"}, "two expert_bits such as"),
+        ({"eps": "gptq"}, r"eps='gptq' is not valid: it must be one of \('final', 'nearest'\)"),
+        ({"rounding": "rtn"}, r"rounding='rtn' is not valid: it must be one of \('gptq', 'nearest'\)"),
+        ({"fit": "mse"}, r"fit='mse' is not valid: it must be one of \('search', 'minmax', 'hqq'\)"),
+        ({"fit": "hqq", "symmetric": True}, "fit='hqq' solves for a free zero; leave symmetric and integer_zeros out"),
+        ({"symmetric": 1}, "symmetric=1 is not valid: it must be True or False"),
+        ({"act_order": None}, "act_order=None is not valid"),
+        ({"damping": 1.5}, r"damping=1\.5 is not valid: it must be in \[0, 1\)"),
+        ({"activations": "raw"}, r"activations='raw' is not valid: it must be one of \('compressed', 'dense'\)"),
+        ({"preset": "fast"}, r"preset='fast' is not valid: it must be one of \('paper',\)"),
+        ({"preset": "paper", "gamma": 1.0}, r"preset='paper' sets gamma=2\.0, but gamma=1\.0 is given; drop one"),
+        ({"preset": "paper", "budget": "model"}, "preset='paper' sets budget='layer', but budget='model' is given"),
         ({"alpha": -1}, "alpha=-1 is not valid: it must be a number >= 0"),
         ({"beta": float("nan")}, "beta=nan is not valid"),
         ({"gamma": "2"}, "gamma='2' is not valid"),
@@ -252,7 +287,7 @@ def test_options_of_later_releases(name: str):
 
 
 def test_reserved_names():
-    assert set(RESERVED) == {"preset", "odp", "otp", "prune", "rank", "granularity", "target_size"}
+    assert set(RESERVED) == {"odp", "otp", "prune", "rank", "granularity", "target_size"}
 
 
 def test_unknown_option():
@@ -319,3 +354,10 @@ def test_transformers_knows_the_method():
     config = AutoQuantizationConfig.from_dict(MCMoEConfig(bits=2.3).to_dict())
     assert isinstance(config, MCMoEConfig)
     assert config.bits == 2.3
+
+
+def test_preset_of_the_paper():
+    config = MCMoEConfig(preset="paper", alpha=1.0)
+    assert (config.alpha, config.beta, config.gamma, config.eps) == (1.0, 1.5, 2.0, "nearest")
+    assert config.at_least == {3: 1, 2: 1}
+    assert MCMoEConfig.from_dict(json.loads(json.dumps(config.to_dict()))).to_dict() == config.to_dict()

@@ -13,12 +13,18 @@ import transformers_mcmoe
 ROOT = Path(transformers_mcmoe.__file__).parent
 # lower layers never import higher ones
 LAYERS = [
-    {"version", "workdir", "progress", "kernels", "quantization", "allocation", "config", "plan"},
+    {"version", "workdir", "memory", "progress", "kernels", "quantization", "allocation", "config", "plan"},
     {"models", "calibration", "nn", "routing", "structure"},
     {"pipeline"},
     {"quantizer", "integrations", "evaluation", "report", "cli"},
 ]
-ADDRESSES = {"scipy": {"allocation", "report"}, "peft": {"integrations"}, "triton": {"kernels"}, "typer": {"cli"}}
+ADDRESSES = {
+    "scipy": {"allocation", "report"},
+    "peft": {"integrations"},
+    "triton": {"kernels"},
+    "typer": {"cli"},
+    "hqq": {"integrations"},
+}
 
 
 def _imports(file: Path) -> set[str]:

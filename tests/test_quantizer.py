@@ -189,7 +189,7 @@ def test_modules_to_not_convert(dense, tmp_path):
 def test_given_plan_with_a_dropped_expert_and_mixed_widths(dense, tmp_path):
     gate_up, down = (0, 1, 2, 3, 4, 8, 1, 2), (0, 2, 1, 4, 3, 8, 1, 2)
     plan = Plan({f"model.layers.{i}.mlp.experts": ExpertWidths(gate_up, down) for i in range(2)})
-    model = compressed(dense, MCMoEConfig(plan=plan.to_dict()))
+    model = compressed(dense, quick_config(plan=plan.to_dict()))
     assert compression_report(model)["expert_bits"]["model.layers.0.mlp.experts"] == "01234812"
     experts = model.model.layers[0].mlp.experts
     assert "0" not in dict(experts.named_children())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from transformers_mcmoe.allocation import SCORES, ExpertStatistics, solve, uniform
+from transformers_mcmoe.allocation.significance import layers_by_change
 
 BITS = (1, 2, 3)
 RELEASED = Path(__file__).parents[2] / "shared" / "data" / "mc_mixtral_8x7b.json"
@@ -19,7 +20,10 @@ RELEASED = Path(__file__).parents[2] / "shared" / "data" / "mc_mixtral_8x7b.json
 def _statistics(experts=5, widths=3, seed=0):
     rng = np.random.default_rng(seed)
     return ExpertStatistics(
-        rng.integers(0, 1000, experts).astype(float), rng.random(experts) * 100, rng.random((experts, widths))
+        rng.integers(0, 1000, experts).astype(float),
+        rng.random(experts) * 100,
+        rng.random((experts, widths)),
+        rng.random((experts, widths)),
     )
 
 
@@ -29,7 +33,7 @@ def _score(name, stats, bits=BITS, alpha=1.0, beta=1.5, gamma=1.0, seed=0):
 
 
 def test_names():
-    assert list(SCORES) == ["pmq", "f_norm", "frequency", "routing_weight", "random"]
+    assert list(SCORES) == ["pmq", "f_norm", "hessian", "frequency", "routing_weight", "random"]
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -154,3 +158,27 @@ def test_released_bit_maps_of_mixtral_are_reproduced():
     for total, expected in data["expected_bits"].items():
         choice = solve(cost, price, np.full(32, int(total)), group=group, at_least=at_least)
         np.testing.assert_array_equal(np.array(bits)[choice].reshape(32, 8), expected)
+
+
+def test_hessian_is_what_was_measured():
+    stats = _statistics(5, 3)
+    np.testing.assert_array_equal(_score("hessian", stats, (1, 2, 3)), stats.hessian_error)
+    bare = ExpertStatistics(stats.frequency, stats.routing_weight, stats.error)
+    with pytest.raises(ValueError, match="needs hessian_error"):
+        _score("hessian", bare, (1, 2, 3))
+
+
+def test_block_score_lifts_the_layers_that_change_most():
+    similarity = {"a": 0.9, "b": 0.1, "c": 0.5, "d": 0.7}
+    weights = dict.fromkeys(similarity, 100)
+    quarter = layers_by_change(similarity, weights, (2, 4), 2.5 * 400)
+    assert quarter == {"a": 2, "b": 4, "c": 2, "d": 2}
+    assert layers_by_change(similarity, weights, (2, 4), 3 * 400) == {"a": 2, "b": 4, "c": 4, "d": 2}
+    assert set(layers_by_change(similarity, weights, (2, 4), 2.4 * 400).values()) == {2}
+    # a layer that is too large for what is left is passed over
+    assert layers_by_change(similarity, weights | {"b": 1000}, (2, 4), 2 * 1300 + 200) == {
+        "a": 2,
+        "b": 2,
+        "c": 4,
+        "d": 2,
+    }

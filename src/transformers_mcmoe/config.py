@@ -7,6 +7,7 @@ Knows no model: whether a budget is feasible depends on shapes and is checked by
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
 import re
@@ -20,6 +21,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from transformers_mcmoe.plan import Plan
+from transformers_mcmoe.quantization.grid import FITS, Grid
 from transformers_mcmoe.quantization.packing import WIDTHS
 
 logger = logging.getLogger(__name__)
@@ -27,9 +29,25 @@ logger = logging.getLogger(__name__)
 QUANT_METHOD = "mcmoe"
 FORMAT_VERSION = 1
 BUDGETS = ("layer", "model")
-ALLOCATIONS = ("pmq", "uniform", "random", "frequency", "routing_weight", "f_norm")
+ALLOCATIONS = ("pmq", "uniform", "random", "frequency", "routing_weight", "f_norm", "hessian", "bsp")
+ROUNDINGS = ("gptq", "nearest")
+ERRORS = ("final", "nearest")
+ACTIVATIONS = ("compressed", "dense")
+# what a preset sets; the options it names cannot be given beside it
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "allocation": "pmq",
+        "budget": "layer",
+        "expert_bits": (1, 2, 3),
+        "alpha": 1.0,
+        "beta": 1.5,
+        "gamma": 2.0,
+        "at_least": {3: 1, 2: 1},
+        "eps": "nearest",
+    },
+}
 # options of later releases; accepted only as None or False
-RESERVED = ("preset", "odp", "otp", "prune", "rank", "granularity", "target_size")
+RESERVED = ("odp", "otp", "prune", "rank", "granularity", "target_size")
 # belong to one run on one machine, never stored
 RUNTIME = ("tokenizer", "work_dir", "max_memory", "device", "progress")
 
@@ -48,11 +66,23 @@ class MCMoEConfig(QuantizationConfigMixin):
         budget: "layer" gives every layer the same bits per expert weight (the papers); "model" spends one budget
             over all layers (two streamed passes).
         allocation: "pmq" (significance phi^alpha * w^beta * eps^gamma, arXiv 2410.06270) or a baseline: "uniform",
-            "random", "frequency", "routing_weight", "f_norm".
+            "random", "frequency", "routing_weight", "f_norm", "hessian" (HAWQ), or "bsp" (whole layers at one of two
+            expert_bits by their block score; needs budget="model").
         alpha: exponent of the routing frequency phi.
         beta: exponent of the routing weight w.
         gamma: exponent of the error eps.
+        eps: "final" measures errors with the quantizer that is used; "nearest" with plain rounding over the whole
+            range, as the papers do.
         at_least: width -> least number of experts of a layer that take it; {3: 1, 2: 1} is the papers' constraint.
+        preset: "paper" sets what the text of arXiv 2410.06270 says: PMQ per layer with alpha 1, beta 1.5, gamma 2,
+            errors of plain rounding, at least one 3-bit and one 2-bit expert a layer.
+        rounding: "gptq" (error feedback on calibration data) or "nearest" (data-free).
+        fit: grid of a group: "search" (clipped range of least error), "minmax", or "hqq" (half-quadratic zero).
+        symmetric: grids are symmetric around 0.
+        integer_zeros: zeros are rounded to a code.
+        act_order: GPTQ rounds columns with large activations first; groups stay together.
+        damping: share of its mean that is added to a Hessian's diagonal.
+        activations: a layer is calibrated on what the "compressed" layers before it return, or the "dense" ones.
         dataset: calibration text: Hub id "org/name[:subset[:split[:field]]]" or a dict with path, subset, split,
             field; a local .txt, .jsonl or .parquet file; a list of strings; or token ids [N, T]. Default: C4.
         num_samples: calibration sequences.
@@ -84,7 +114,16 @@ class MCMoEConfig(QuantizationConfigMixin):
         alpha: float = 1.0,
         beta: float = 1.5,
         gamma: float = 2.0,
+        eps: str = "final",
         at_least: Mapping[int, int] | None = None,
+        preset: str | None = None,
+        rounding: str = "gptq",
+        fit: str = "search",
+        symmetric: bool = False,
+        integer_zeros: bool = False,
+        act_order: bool = False,
+        damping: float = 0.01,
+        activations: str = "compressed",
         dataset: Any = None,
         num_samples: int = 128,
         seq_len: int = 2048,
@@ -109,6 +148,12 @@ class MCMoEConfig(QuantizationConfigMixin):
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         # JSON has only strings for keys
         self.at_least = {int(w) if str(w).isdigit() else w: count for w, count in (at_least or {}).items()}
+        self.eps = eps
+        self.preset = preset
+        self.rounding = rounding
+        self.fit, self.symmetric, self.integer_zeros = fit, symmetric, integer_zeros
+        self.act_order, self.damping = act_order, damping
+        self.activations = activations
         self.dataset = dataset
         self.num_samples = num_samples
         self.seq_len = seq_len
@@ -121,7 +166,21 @@ class MCMoEConfig(QuantizationConfigMixin):
         self.plan = _read_plan(plan)
         self.progress = progress
         _refuse_reserved(reserved)
+        self._apply_preset()
         self._validate()
+
+    def _apply_preset(self) -> None:
+        if self.preset is None:
+            return
+        _check(self.preset in PRESETS, "preset", self.preset, f"one of {tuple(PRESETS)}")
+        defaults = inspect.signature(MCMoEConfig.__init__).parameters
+        for name, value in PRESETS[self.preset].items():
+            given = getattr(self, name)
+            if given != value and given != (defaults[name].default or {}):
+                raise ValueError(
+                    f"preset={self.preset!r} sets {name}={value!r}, but {name}={given!r} is given; drop one."
+                )
+            setattr(self, name, value)
 
     def _validate(self) -> None:
         _check(isinstance(self.bits, int | float) and 0 < self.bits <= 8, "bits", self.bits, "a number in (0, 8]")
@@ -139,7 +198,24 @@ class MCMoEConfig(QuantizationConfigMixin):
         positive = isinstance(self.group_size, int) and self.group_size > 0 and self.group_size % 32 == 0
         _check(positive, "group_size", self.group_size, "a positive multiple of 32")
         _check(self.budget in BUDGETS, "budget", self.budget, f"one of {BUDGETS}")
-        _check(self.allocation in ALLOCATIONS, "allocation", self.allocation, f"one of {ALLOCATIONS}")
+        choices = {
+            "allocation": ALLOCATIONS,
+            "eps": ERRORS,
+            "rounding": ROUNDINGS,
+            "fit": FITS,
+            "activations": ACTIVATIONS,
+        }
+        for name, allowed in choices.items():
+            _check(getattr(self, name) in allowed, name, getattr(self, name), f"one of {allowed}")
+        for name in ("symmetric", "integer_zeros", "act_order"):
+            _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        _check(isinstance(self.damping, int | float) and 0 <= self.damping < 1, "damping", self.damping, "in [0, 1)")
+        Grid(self.fit, self.symmetric, self.integer_zeros)  # refuses what does not go together
+        if self.allocation == "bsp":
+            pair = self.budget == "model" and len(self.expert_bits) == 2 and not self.at_least
+            given = (self.budget, self.expert_bits, self.at_least)
+            wanted = "used with budget='model', two expert_bits such as (2, 4), and no at_least; "
+            _check(pair, "allocation", self.allocation, f"{wanted}here they are {given}")
         for name in ("alpha", "beta", "gamma"):
             value = getattr(self, name)
             _check(isinstance(value, int | float) and value >= 0, name, value, "a number >= 0")

@@ -10,11 +10,12 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
+
+from transformers_mcmoe.memory import anonymous_memory
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +43,6 @@ class Progress:
     seconds: float
     eta: float | None
     memory: int
-
-
-def anonymous_memory() -> int:
-    """Anonymous resident memory of this process in bytes (Linux), else 0; file-backed pages are not counted."""
-    try:
-        text = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("RssAnon:")), 0)
 
 
 class Meter:

@@ -7,12 +7,15 @@ widths or layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from transformers_mcmoe.models.experts import Experts
 
@@ -122,6 +125,41 @@ class ExpertInputs:
         x = torch.cat(parts)
         mean = float(self.routing.weight.sum() / tokens.sum())
         return Sample(x, torch.full((len(x),), mean), max(count, 1) / len(x))
+
+
+@dataclass
+class BlockChange:
+    """How much a MoE block changes its input: sums of the cosine between a token's input and output.
+
+    Attributes:
+        total: sum of the cosines.
+        tokens: tokens counted.
+    """
+
+    total: float = 0.0
+    tokens: int = 0
+
+    @property
+    def similarity(self) -> float:
+        """Mean cosine over the tokens, 1 if there were none: nothing is changed."""
+        return self.total / self.tokens if self.tokens else 1.0
+
+    @contextmanager
+    def observe(self, block: nn.Module) -> Iterator[None]:
+        """While open, every call of the block is counted; its first argument and first output are [..., H]."""
+
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+            y = output[0] if isinstance(output, tuple) else output
+            cosine = functional.cosine_similarity(x.to(torch.float32), y.to(torch.float32).view_as(x), dim=-1)
+            self.total += float(cosine.sum(dtype=torch.float64))
+            self.tokens += cosine.numel()
+
+        handle = block.register_forward_hook(count, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def output_errors(

@@ -9,9 +9,10 @@ E experts, H hidden size, I intermediate size, T tokens, K experts per token.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -66,6 +67,10 @@ class Experts:
         """Output [n, H] of one expert for tokens [n, H], with its own or the given matrices [out, in]."""
         raise NotImplementedError
 
+    def inputs(self, expert: int, x: Tensor) -> dict[str, Tensor]:
+        """What the matrices of each role read for tokens `x` [n, H]: "gate_up" -> [n, H], "down" -> [n, I]."""
+        raise NotImplementedError
+
     def tensor(self, expert: int, leaf: str) -> str:
         """Module path of an expert's packed matrix."""
         return f"{self.path}.{expert}.{leaf}"
@@ -80,6 +85,12 @@ class Experts:
     @contextmanager
     def observe(self, record: Record) -> Iterator[None]:
         """While open, every call of the module hands each routed expert's tokens to `record`."""
+        raise NotImplementedError
+        yield
+
+    @contextmanager
+    def idle(self, value: float = 0.0) -> Iterator[None]:
+        """While open, experts are not run: each returns `value` in all places."""
         raise NotImplementedError
         yield
 
@@ -153,25 +164,29 @@ class FusedExperts(Experts):
         return stack[self._rows(projection)] if fused else stack
 
     def run(self, expert: int, x: Tensor, matrices: Mapping[str, Tensor] | None = None) -> Tensor:
-        def linear(x: Tensor, projection: str) -> Tensor:
-            weight = matrices[projection] if matrices is not None else self.matrix(expert, projection).to(x.dtype)
-            bias = self.bias(expert, projection)
-            return functional.linear(x, weight, bias.to(x.dtype) if bias is not None else None)
+        return self.combine(x, partial(self._linear, expert, matrices))
 
-        return self.combine(x, linear)
+    def inputs(self, expert: int, x: Tensor) -> dict[str, Tensor]:
+        return {"gate_up": x, "down": self.inner(x, partial(self._linear, expert, None))}
+
+    def _linear(self, expert: int, matrices: Mapping[str, Tensor] | None, x: Tensor, projection: str) -> Tensor:
+        weight = matrices[projection] if matrices is not None else self.matrix(expert, projection).to(x.dtype)
+        bias = self.bias(expert, projection)
+        return functional.linear(x, weight, bias.to(x.dtype) if bias is not None else None)
 
     def combine(self, x: Tensor, linear: Callable[[Tensor, str], Tensor]) -> Tensor:
         """One expert's output [n, H], given how to apply its projections by name."""
-        if self.has_gate:
-            gate, up = linear(x, "gate_proj"), linear(x, "up_proj")
-            if self.is_concatenated:
-                hidden = self._apply_gate(torch.cat((gate, up), dim=-1))
-            else:
-                hidden = self._apply_gate(torch.stack((gate, up), dim=-1).flatten(-2))
-        else:
-            hidden = self.module.act_fn(linear(x, "up_proj"))
-        output = linear(hidden, "down_proj")
+        output = linear(self.inner(x, linear), "down_proj")
         return self.module.post_expert_norm(output) if self.has_post_expert_norm else output
+
+    def inner(self, x: Tensor, linear: Callable[[Tensor, str], Tensor]) -> Tensor:
+        """What one expert's down projection reads, [n, I]."""
+        if not self.has_gate:
+            return self.module.act_fn(linear(x, "up_proj"))
+        gate, up = linear(x, "gate_proj"), linear(x, "up_proj")
+        if self.is_concatenated:
+            return self._apply_gate(torch.cat((gate, up), dim=-1))
+        return self._apply_gate(torch.stack((gate, up), dim=-1).flatten(-2))
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         if hasattr(self.module, "_apply_gate"):
@@ -210,11 +225,17 @@ class FusedExperts(Experts):
                 hidden_states, *args, run=lambda expert, x: _in_blocks(lambda block: self.run(expert, block), x)
             )
 
-        self.module.forward = forward
-        try:
+        with _forward(self.module, forward):
             yield
-        finally:
-            del self.module.forward
+
+    @contextmanager
+    def idle(self, value: float = 0.0) -> Iterator[None]:
+        def forward(hidden_states: Tensor, *args: Tensor) -> Tensor:
+            x = self.route(hidden_states, *args)[0]
+            return self.finish(torch.full_like(x, value), hidden_states)
+
+        with _forward(self.module, forward):
+            yield
 
     def dispatch(self, hidden_states: Tensor, *args: Tensor, run: Callable[[int, Tensor], Tensor | None]) -> Tensor:
         """The module's output for its arguments, given how to run one expert on its tokens [n, H].
@@ -300,6 +321,11 @@ class ListExperts(Experts):
         named = _expert_children(module)
         self.keys, self.children = list(named), list(named.values())
         self.num_experts = len(self.children)
+        # without the hooks and forwards that the children get while the model runs; parameters are shared
+        self._bare: list[Any] = [
+            copy.deepcopy(child, {id(parameter): parameter for parameter in child.parameters()})
+            for child in self.children
+        ]
         linears = {name: m for name, m in self.children[0].named_modules() if isinstance(m, nn.Linear)}
         hidden = next(iter(linears.values())).in_features
         roles = {name: "gate_up" if m.in_features == hidden else "down" for name, m in linears.items()}
@@ -328,8 +354,27 @@ class ListExperts(Experts):
     def run(self, expert: int, x: Tensor, matrices: Mapping[str, Tensor] | None = None) -> Tensor:
         child = self.children[expert]
         state = {name: parameter.to(x.dtype) for name, parameter in child.named_parameters()}
+        state |= dict(child.named_buffers())
         state |= {f"{name}.weight": matrix for name, matrix in (matrices or {}).items()}
-        return torch.func.functional_call(child, state, (x,))
+        return torch.func.functional_call(self._bare[expert], state, (x,))
+
+    def inputs(self, expert: int, x: Tensor) -> dict[str, Tensor]:
+        seen: dict[str, Tensor] = {}
+
+        def hook(role: str) -> Any:
+            def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                seen.setdefault(role, args[0])
+
+            return keep
+
+        bare = self._bare[expert]
+        handles = [bare.get_submodule(p.name).register_forward_pre_hook(hook(p.role)) for p in self.projections]
+        try:
+            self.run(expert, x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {role: value.reshape(-1, value.shape[-1]) for role, value in seen.items()}
 
     @contextmanager
     def observe(self, record: Record) -> Iterator[None]:
@@ -345,13 +390,31 @@ class ListExperts(Experts):
 
     @contextmanager
     def in_blocks(self) -> Iterator[None]:
-        for child in self.children:
-            child.forward = partial(_in_blocks, child.forward)  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
+        with ExitStack() as stack:
             for child in self.children:
-                del child.forward
+                stack.enter_context(_forward(child, partial(_in_blocks, child.forward)))
+            yield
+
+    @contextmanager
+    def idle(self, value: float = 0.0) -> Iterator[None]:
+        with ExitStack() as stack:
+            for child in self.children:
+                stack.enter_context(_forward(child, lambda x: torch.full_like(x, value)))
+            yield
+
+
+@contextmanager
+def _forward(module: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """While open, a module runs another forward; whatever it ran before comes back."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 def _in_blocks(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -9,10 +9,8 @@ the other. This file knows nothing of experts or quantization; what happens to a
 from __future__ import annotations
 
 import copy
-import ctypes
 import gc
 import logging
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +25,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
+from transformers_mcmoe.memory import large_blocks_apart, return_free_memory
 from transformers_mcmoe.models.experts import layer_of
 from transformers_mcmoe.models.names import CheckpointNames
 
@@ -43,13 +42,16 @@ class _LastLayer(Exception):
 
 @contextmanager
 def computing() -> Iterator[None]:
-    """Steps out of the contexts that `from_pretrained` builds models in: meta device and the model's default dtype."""
+    """Steps out of the contexts that `from_pretrained` builds models in: meta device and the model's default dtype.
+
+    Large blocks of memory are kept apart meanwhile, so that layers leave no holes in the heap.
+    """
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        with torch.device("cpu"), torch.no_grad():
+        with torch.device("cpu"), torch.no_grad(), large_blocks_apart():
             yield
     finally:
         torch.set_default_dtype(dtype)
@@ -170,13 +172,6 @@ def unload(module: nn.Module) -> None:
     return_free_memory()
 
 
-def return_free_memory() -> None:
-    """Give freed heap pages back to the system: glibc keeps blocks of up to 32 MB, the temporaries of an expert."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
 class HiddenStates:
     """The hidden states between two layers, [N, T, H], in a memory-mapped file: they cost disk, not memory."""
 
@@ -210,18 +205,22 @@ class LayerRunner:
     reason: str | None = None
     recomputes = False
 
+    def restart(self) -> None:
+        """Begin again with the first layer's inputs, after a pass through the layers."""
+        raise NotImplementedError
+
     @contextmanager
     def loaded(self, i: int) -> Iterator[nn.Module]:
         """Layer i with its weights."""
         raise NotImplementedError
         yield
 
-    def replay(self, i: int) -> float:
-        """Run layer i on all tokens, for the sake of hooks; nothing is kept but the outputs' Frobenius norm."""
+    def replay(self, i: int, batches: int | None = None) -> None:
+        """Run layer i on all tokens, or on the first batches of them, for the sake of hooks; nothing is kept."""
         raise NotImplementedError
 
     def advance(self, i: int) -> float:
-        """As `replay`, but the outputs become the next layer's inputs."""
+        """As `replay`, but the outputs become the next layer's inputs; returns their Frobenius norm."""
         raise NotImplementedError
 
 
@@ -318,6 +317,10 @@ class LayerStream(LayerRunner):
                 del module.forward
         raise NotStreamable("the model does not call all of its decoder layers")
 
+    def restart(self) -> None:
+        for batch in self._batches:
+            self._hidden[batch] = self._stub_pass(self._tokens[batch], 0.0)[0]
+
     @contextmanager
     def loaded(self, i: int) -> Iterator[nn.Module]:
         module = self._modules[i]
@@ -340,8 +343,9 @@ class LayerStream(LayerRunner):
         output = self._modules[i](hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def replay(self, i: int) -> float:
-        return sum(_squared(self._run(i, index)) for index in range(len(self._batches))) ** 0.5
+    def replay(self, i: int, batches: int | None = None) -> None:
+        for index in range(len(self._batches[:batches])):
+            self._run(i, index)
 
     def advance(self, i: int) -> float:
         squared = 0.0
@@ -376,14 +380,20 @@ class LoadedRunner(LayerRunner):
         weights.tie()
         weights.check_embeddings()
 
+    def restart(self) -> None:
+        """Nothing: every run starts from the tokens."""
+
     @contextmanager
     def loaded(self, i: int) -> Iterator[nn.Module]:
         yield self.weights.model.get_submodule(self.layers[i])
 
-    def advance(self, i: int) -> float:
-        return self.replay(i)
+    def replay(self, i: int, batches: int | None = None) -> None:
+        self._replay(i, self._tokens[:batches])
 
-    def replay(self, i: int) -> float:
+    def advance(self, i: int) -> float:
+        return self._replay(i, self._tokens)
+
+    def _replay(self, i: int, batches: Sequence[Tensor]) -> float:
         squared = 0.0
 
         def stop(module: nn.Module, args: Any, output: Any) -> None:
@@ -393,7 +403,7 @@ class LoadedRunner(LayerRunner):
 
         handle = self.weights.model.get_submodule(self.layers[i]).register_forward_hook(stop)
         try:
-            for tokens in self._tokens:
+            for tokens in batches:
                 try:
                     self.weights.model(**_inputs(self.weights.model, tokens.to(self.weights.device)))
                 except _LastLayer:

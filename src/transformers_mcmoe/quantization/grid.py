@@ -14,12 +14,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from transformers_mcmoe.quantization.half_quadratic import half_quadratic
+
+FITS = ("search", "minmax", "hqq")
 # clipping factors of the range search; 1.0 is the plain min/max grid
 CLIPS = tuple(round(0.30 + 0.05 * step, 2) for step in range(15))
 # weights whose fp32 temporaries are held at once: they stay in a core's cache
 CHUNK = 1 << 18
 _FP16_MAX = 65504.0
 _FP16_MIN = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the grid of a group is chosen.
+
+    Attributes:
+        fit: "search" tries every factor of `CLIPS` and keeps the least squared error, "minmax" takes the whole range,
+            "hqq" solves for the zero that suits heavy tails (`half_quadratic`).
+        symmetric: the zero is the middle code 2^(bits-1), and the range is symmetric around 0.
+        integer_zeros: zeros are rounded to a code.
+    """
+
+    fit: str = "search"
+    symmetric: bool = False
+    integer_zeros: bool = False
+
+    def __post_init__(self) -> None:
+        if self.fit not in FITS:
+            raise ValueError(f"fit={self.fit!r} is not valid: it must be one of {FITS}.")
+        if self.fit == "hqq" and (self.symmetric or self.integer_zeros):
+            raise ValueError("fit='hqq' solves for a free zero; leave symmetric and integer_zeros out.")
 
 
 @dataclass(frozen=True)
@@ -62,8 +87,8 @@ def num_groups(in_features: int, group_size: int) -> int:
     return -(-in_features // group_size)
 
 
-def quantize(weight: Tensor, bits: int, group_size: int) -> Quantized:
-    """Round a matrix to the nearest codes of clipped group grids (data-free).
+def quantize(weight: Tensor, bits: int, group_size: int, grid: Grid = Grid()) -> Quantized:
+    """Round a matrix to the nearest codes of its group grids (data-free).
 
     Widths above 1 use an asymmetric grid over [min(w, 0), max(w, 0)], shrunk by the factor of `CLIPS` that leaves the
     least squared error in the group. 1 bit uses the symmetric grid {-m, +m}, m = mean |w|, which is the least-squares
@@ -73,6 +98,7 @@ def quantize(weight: Tensor, bits: int, group_size: int) -> Quantized:
         weight: [out, in] any float dtype.
         bits: 1, 2, 3, 4 or 8.
         group_size: columns per group, as given by `group_size_for`.
+        grid: how grids are chosen.
 
     Returns:
         `Quantized` on the weight's device.
@@ -80,11 +106,7 @@ def quantize(weight: Tensor, bits: int, group_size: int) -> Quantized:
     Raises:
         ValueError: a weight is not finite.
     """
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError(
-            f"The matrix of shape {tuple(weight.shape)} to be quantized holds values that are not finite; "
-            "check the checkpoint it comes from."
-        )
+    check_finite(weight)
     out_features, in_features = weight.shape
     groups = num_groups(in_features, group_size)
     whole = in_features // group_size
@@ -97,42 +119,69 @@ def quantize(weight: Tensor, bits: int, group_size: int) -> Quantized:
         chunk = weight[block].to(torch.float32)
         if whole:
             x = chunk[:, : whole * group_size].reshape(-1, whole, group_size)
-            codes[block, :whole], scale[block, :whole], zero[block, :whole] = _fit(x, bits)
+            scale[block, :whole], zero[block, :whole] = fit(x, bits, grid)
+            codes[block, :whole] = nearest(x, scale[block, :whole], zero[block, :whole], bits)
         if whole < groups:  # the tail is fitted without its padding
             x = chunk[:, whole * group_size :].unsqueeze(1)
-            codes[block, whole:, : x.shape[-1]], scale[block, whole:], zero[block, whole:] = _fit(x, bits)
+            scale[block, whole:], zero[block, whole:] = fit(x, bits, grid)
+            codes[block, whole:, : x.shape[-1]] = nearest(x, scale[block, whole:], zero[block, whole:], bits)
     return Quantized(codes, scale, zero, bits, in_features)
 
 
-def _fit(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [.., G] uint8, scale [..] and zero [..] float32 for groups `x` [.., G] float32."""
+def check_finite(weight: Tensor) -> None:
+    """Raise ValueError if a matrix holds a value that is not finite."""
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(
+            f"The matrix of shape {tuple(weight.shape)} to be quantized holds values that are not finite; "
+            "check the checkpoint it comes from."
+        )
+
+
+def fit(x: Tensor, bits: int, grid: Grid = Grid()) -> tuple[Tensor, Tensor]:
+    """Scale and zero [..] float32 holding fp16 values, for groups `x` [.., G] float32."""
     if bits == 1:
-        scale = _fp16(2 * x.abs().mean(-1))
-        return (x >= 0).to(torch.uint8), scale, torch.full_like(scale, 0.5)
+        scale = to_fp16(2 * x.abs().mean(-1))
+        return scale, torch.full_like(scale, 0.5)
+    if grid.fit == "hqq":
+        return half_quadratic(x, bits)
     low, high = x.amin(-1).clamp_(max=0), x.amax(-1).clamp_(min=0)
+    if grid.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
     length = torch.linalg.vector_norm(x, dim=-1)
     best_error = length  # of scale 0, which rebuilds zeros: the only grid for weights below fp16's range
     best_scale, best_zero = torch.zeros_like(low), torch.zeros_like(low)
-    for clip in CLIPS:
-        scale, zero = _grid(low * clip, high * clip, bits)
+    for clip in CLIPS if grid.fit == "search" else (1.0,):
+        scale, zero = _range(low * clip, high * clip, bits, grid)
         y = _to_codes(x, scale, zero)
         error = torch.linalg.vector_norm(y.sub_(y.round().clamp_(0, 2**bits - 1)), dim=-1) * scale
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
-    codes = _to_codes(x, best_scale, best_zero).round_().clamp_(0, 2**bits - 1)
-    return codes.to(torch.uint8), best_scale, best_zero
+    return best_scale, best_zero
 
 
-def _grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def nearest(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """The nearest codes [.., G] uint8 of groups `x` [.., G] on given grids [..]."""
+    return round_codes(_to_codes(x, scale, zero), bits).to(torch.uint8)
+
+
+def round_codes(y: Tensor, bits: int) -> Tensor:
+    """Values in units of codes, rounded in place to codes; at 1 bit the middle goes up, as sign(0) = +1."""
+    return y.ge_(0.5) if bits == 1 else y.round_().clamp_(0, 2**bits - 1)
+
+
+def _range(low: Tensor, high: Tensor, bits: int, grid: Grid) -> tuple[Tensor, Tensor]:
     """fp16-rounded scale and zero of the grid with 2^bits points from `low` to `high` (low <= 0 <= high)."""
     span = high - low
     exact = span / (2**bits - 1)
-    scale = _fp16(exact.clamp(min=_FP16_MIN))
+    scale = to_fp16(exact.clamp(min=_FP16_MIN))
+    if grid.symmetric:
+        return scale, torch.full_like(scale, 2.0 ** (bits - 1))
     # a scale beyond fp16 covers a part of the range: the part around its middle
     zero = torch.where(exact > _FP16_MAX, -low / span * (2**bits - 1), -low / scale)
-    return scale, _fp16(zero)
+    return scale, zero.round() if grid.integer_zeros else to_fp16(zero)
 
 
 def _to_codes(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -141,5 +190,6 @@ def _to_codes(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return torch.addcmul(zero.unsqueeze(-1), x, inverse.unsqueeze(-1))
 
 
-def _fp16(x: Tensor) -> Tensor:
-    return x.clamp(max=_FP16_MAX).to(torch.float16).to(torch.float32)
+def to_fp16(x: Tensor) -> Tensor:
+    """Values [..] float32 rounded to what fp16 can hold."""
+    return x.clamp(-_FP16_MAX, _FP16_MAX).to(torch.float16).to(torch.float32)

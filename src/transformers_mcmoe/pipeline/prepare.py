@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is checked and read before any weight is: budgets, calibration tokens, memory, disk, the run's fingerprint.
+
+Knows the model's structure and the config; it does not know weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from transformers_mcmoe.allocation.budget import LayerSize, expert_budgets
+from transformers_mcmoe.calibration.data import calibration_tokens
+from transformers_mcmoe.calibration.hessians import ExpertHessians
+from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig
+from transformers_mcmoe.models.structure import Structure
+from transformers_mcmoe.version import __version__
+from transformers_mcmoe.workdir import fingerprint
+
+# memory beside weights: activations of one batch, fp32 copies of one expert, libraries' buffers (docs/streaming.md)
+OVERHEAD = 512 << 20
+# Hessians of small models are held together up to this size, which is part of OVERHEAD
+_LEAST_HESSIANS = 128 << 20
+
+
+def prepare(structure: Structure, config: MCMoEConfig) -> tuple[dict[str, int], Tensor | None]:
+    """Budget of every experts module, {} under a given plan, and calibration tokens [N, T], None where none are needed.
+
+    Raises:
+        ValueError: the budget or the plan does not fit the model, or the data cannot be used.
+    """
+    budgets: dict[str, int] = {}
+    if config.plan is not None:
+        structure.check(config.plan)
+    else:
+        linears = structure.linear_weights()
+        sizes = [LayerSize(e.num_experts, structure.expert_weights(path)) for path, e in structure.experts.items()]
+        fixed = sum(linears[path] * bits for path, bits in structure.linears.items())
+        found = expert_budgets(config.bits, sizes, config.expert_bits, sum(linears.values()), fixed)
+        _check_at_least(config, sizes, found)
+        budgets = dict(zip(structure.experts, found, strict=True))
+    return budgets, None if config.plan is not None and config.rounding == "nearest" else _tokens(structure, config)
+
+
+def _tokens(structure: Structure, config: MCMoEConfig) -> Tensor:
+    model = structure.model
+    tokens = calibration_tokens(
+        config.dataset,
+        config.tokenizer,
+        num_samples=config.num_samples,
+        seq_len=config.seq_len,
+        seed=config.seed,
+        model_name=getattr(model.config, "name_or_path", ""),
+    )
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int) and tokens.shape[1] > limit:
+        raise ValueError(f"seq_len={tokens.shape[1]} is longer than the {limit} positions of this model; lower it.")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if int(tokens.max()) >= vocabulary or int(tokens.min()) < 0:
+        raise ValueError(
+            f"The calibration tokens reach id {int(tokens.max())}, but the model has {vocabulary} embeddings; "
+            "give the model's own tokenizer."
+        )
+    return tokens
+
+
+def _check_at_least(config: MCMoEConfig, sizes: Sequence[LayerSize], budgets: Sequence[int]) -> None:
+    """Raise ValueError if a layer's budget cannot give `at_least` experts their widths."""
+    asked = sum(config.at_least.values())
+    for size, budget in zip(sizes, budgets, strict=True):
+        least = sum(bits * count for bits, count in config.at_least.items())
+        least += config.expert_bits[0] * (size.num_experts - asked)
+        if asked > size.num_experts or least > budget:
+            raise ValueError(
+                f"at_least={config.at_least} cannot be met: a layer of {size.num_experts} experts has {budget} bits at "
+                f"bits={config.bits}, but that takes {least}; ask for fewer, or raise bits."
+            )
+
+
+def fingerprint_of(structure: Structure, config: MCMoEConfig, files: Sequence[str | Path], tokens: Tensor) -> str:
+    """Mark of a run in its work folder: everything that its result depends on."""
+    parts = {
+        "version": __version__,
+        "format": FORMAT_VERSION,
+        "config": config.to_dict(),
+        "model": structure.model.config.to_dict(),
+        "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+    }
+    return fingerprint(parts, files)
+
+
+def hessian_memory(structure: Structure, config: MCMoEConfig, dtype: torch.dtype) -> int:
+    """Bytes that Hessians may take at once; `max_memory` above the bound on the peak (docs/streaming.md) goes to them.
+
+    Raises:
+        ValueError: `max_memory` is below the bound.
+    """
+    layer, rest = (weights * dtype.itemsize for weights in structure.layer_sizes())
+    least = max(3 * layer // 4, _LEAST_HESSIANS)
+    if config.max_memory is None:
+        return least
+    # one expert's Hessians are held whatever they take, and three copies of the largest while it is factorized
+    single = max(ExpertHessians.bytes_per_expert(experts) for experts in structure.experts.values())
+    need = max(4 * layer, 2 * layer + 4 * single) + rest + OVERHEAD
+    if need > config.max_memory_bytes:
+        raise ValueError(
+            f"max_memory={config.max_memory!r} is too little: 4 decoder layers of {layer / 1e9:.2f} GB, "
+            f"{rest / 1e9:.2f} GB of embeddings and {OVERHEAD / 1e9:.2f} GB beside them may take {need / 1e9:.2f} GB; "
+            "raise max_memory."
+        )
+    return least + config.max_memory_bytes - need
+
+
+def disk_need(structure: Structure, tokens: Tensor, dtype: torch.dtype) -> int:
+    """Bytes that hidden states and packed layers (at 4 bits) take at most."""
+    hidden = next(iter(structure.experts.values())).projections[0].in_features
+    weights = sum(structure.linear_weights().values())
+    weights += sum(structure.expert_weights(path) * e.num_experts for path, e in structure.experts.items())
+    return tokens.numel() * hidden * dtype.itemsize + weights // 2
