@@ -80,7 +80,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         fit: grid of a group: "search" (clipped range of least error), "minmax", or "hqq" (half-quadratic zero).
         symmetric: grids are symmetric around 0.
         integer_zeros: zeros are rounded to a code.
-        act_order: GPTQ rounds columns with large activations first; groups stay together.
+        act_order: GPTQ rounds columns with large activations first; groups keep their columns.
         damping: share of its mean that is added to a Hessian's diagonal.
         activations: a layer is calibrated on what the "compressed" layers before it return, or the "dense" ones.
         dataset: calibration text: Hub id "org/name[:subset[:split[:field]]]" or a dict with path, subset, split,
@@ -121,7 +121,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         fit: str = "search",
         symmetric: bool = False,
         integer_zeros: bool = False,
-        act_order: bool = False,
+        act_order: bool = True,
         damping: float = 0.01,
         activations: str = "compressed",
         dataset: Any = None,

@@ -84,7 +84,7 @@ class Factor:
             )
         order = _activation_order(hessian.diagonal(dim1=-2, dim2=-1), group_size) if act_order else None
         for b, matrix in enumerate(hessian):
-            matrix.copy_(_factorize(matrix if order is None else matrix[order[b]][:, order[b]], damping, name))
+            matrix.copy_(_factorize(matrix, None if order is None else order[b], damping, name))
         root = hessian.diagonal(dim1=-2, dim2=-1).clone()
         hessian.div_(root.unsqueeze(-2))
         return cls(hessian, root.square_(), order, group_size)
@@ -102,8 +102,8 @@ class Factor:
         return ((difference.to(torch.float32) @ self.unit).square_() * self.diagonal.unsqueeze(1)).sum(-1)
 
 
-def _factorize(hessian: Tensor, damping: float, name: str) -> Tensor:
-    """The upper triangular R with H + damping * I = R R^T, [in, in] float32."""
+def _factorize(hessian: Tensor, order: Tensor | None, damping: float, name: str) -> Tensor:
+    """The upper triangular R with H + damping * I = R R^T, [in, in] float32, rows and columns in the given order."""
     mean = float(hessian.diagonal().mean())
     identity = torch.eye(hessian.shape[0], device=hessian.device)
     if mean <= 0:  # no activation at all: every column counts the same
@@ -111,7 +111,7 @@ def _factorize(hessian: Tensor, damping: float, name: str) -> Tensor:
     share = damping
     for _ in range(_RETRIES):
         # in reverse order the lower factor becomes the upper one
-        damped = hessian.flip(0, 1)
+        damped = hessian.flip(0, 1) if order is None else hessian[order.flip(0).unsqueeze(1), order.flip(0)]
         damped.diagonal().add_(share * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
         del damped
