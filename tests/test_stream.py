@@ -26,17 +26,18 @@ def _open(folder, tmp_path, batch=2, ids=None):
     work = tmp_path / "work"
     work.mkdir(exist_ok=True)
     device = torch.device("cpu")
-    return open_runner(
-        model, Checkpoint(files), names, paths, ids, work, dtype=torch.float32, device=device, batch=batch
-    )
+    with computing():
+        return open_runner(
+            model, Checkpoint(files), names, paths, ids, work, dtype=torch.float32, device=device, batch=batch
+        )
 
 
 @pytest.mark.parametrize("family", STREAMED)
 def test_outputs_equal_full_forward(family, tmp_path):
     folder = save_dense(family, tmp_path / "dense")
     model = load_class(folder).from_pretrained(folder, dtype=torch.float32)
+    runner = _open(folder, tmp_path)
     with computing():
-        runner = _open(folder, tmp_path)
         assert isinstance(runner, LayerStream)
         expected: dict[str, list[torch.Tensor]] = {path: [] for path in runner.layers}
 
@@ -56,8 +57,8 @@ def test_outputs_equal_full_forward(family, tmp_path):
 
 
 def test_only_one_layer_is_in_memory(tmp_path):
+    runner = _open(save_dense("mixtral", tmp_path / "dense"), tmp_path)
     with computing():
-        runner = _open(save_dense("mixtral", tmp_path / "dense"), tmp_path)
         assert all(p.is_meta for layer in runner._modules for p in layer.parameters())
         assert runner.weights.model.lm_head.weight.is_meta  # the head is never needed
         with runner.loaded(1):
@@ -73,8 +74,8 @@ def test_sharded_checkpoint(tmp_path):
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
     hidden = []
     for folder in (one, tmp_path / "many"):
+        runner = _open(folder, tmp_path / folder.name)
         with computing():
-            runner = _open(folder, tmp_path / folder.name)
             with runner.loaded(0):
                 runner.advance(0)
             hidden.append(runner._hidden[slice(0, 4)].clone())
@@ -101,7 +102,7 @@ def test_layers_that_need_each_other_fall_back(tmp_path, caplog):
 
     mixtral.MixtralModel.forward = forward
     try:
-        with caplog.at_level(logging.WARNING), computing():
+        with caplog.at_level(logging.WARNING):
             runner = _open(folder, tmp_path)
             assert isinstance(runner, LoadedRunner)
             assert "changes hidden states" in runner.reason
@@ -123,8 +124,8 @@ def test_truncated_file_is_named(tmp_path):
 @pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])
 def test_writing_to_a_layer_does_not_reach_the_mapped_file(family, tmp_path):
     """Written pages of a mapped file would stay in memory, and be read again in a second pass."""
+    runner = _open(save_dense(family, tmp_path / "dense"), tmp_path)
     with computing():
-        runner = _open(save_dense(family, tmp_path / "dense"), tmp_path)
         with runner.loaded(0) as layer:
             original = {name: parameter.clone() for name, parameter in layer.named_parameters()}
             for parameter in layer.parameters():

@@ -44,14 +44,16 @@ class _LastLayer(Exception):
 def computing() -> Iterator[None]:
     """Steps out of the contexts that `from_pretrained` builds models in: meta device and the model's default dtype.
 
-    Large blocks of memory are kept apart meanwhile, so that layers leave no holes in the heap.
+    A device context is a torch function mode, which costs every operation a detour through Python, more than a step of
+    GPTQ takes; so modes are disabled rather than overruled by `torch.device("cpu")`. Large blocks of memory are kept apart
+    meanwhile, so that layers leave no holes in the heap.
     """
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        with torch.device("cpu"), torch.no_grad(), large_blocks_apart():
+        with torch._C.DisableTorchFunction(), torch.no_grad(), large_blocks_apart():
             yield
     finally:
         torch.set_default_dtype(dtype)
