@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 DOCS = Path(__file__).parent.parent / "docs" / "quality.md"
@@ -35,6 +35,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "bsp": {"allocation": "bsp", "expert_bits": (2, 4), "budget": "model"},
     "PMQ, rounded to nearest": BASE | {"rounding": "nearest"},
     "uniform, rounded to nearest": BASE | {"allocation": "uniform", "rounding": "nearest"},
+    "all experts at 2 bits": {"allocation": "uniform", "expert_bits": (2,)},
+    "all experts at 2 bits, act_order off": {"allocation": "uniform", "expert_bits": (2,), "act_order": False},
 }
 
 
@@ -43,8 +45,11 @@ def measure(options: argparse.Namespace, name: str, bits: float, dense: Any, tes
     from transformers_mcmoe import MCMoEConfig, compression_report
     from transformers_mcmoe.evaluation import evaluate
 
-    row: dict[str, Any] = {"row": name, "bits": bits, "seed": options.seed}
+    row: dict[str, Any] = {"row": name, "bits": bits, "seed": options.seed, "layers": options.layers}
     common = {"dataset": str(options.calibration), "num_samples": options.samples, "seq_len": options.seq_len}
+    if options.layers:
+        last = AutoConfig.from_pretrained(options.model).num_hidden_layers
+        common["modules_to_not_convert"] = [f"model.layers.{i}" for i in range(options.layers, last)]
     config = MCMoEConfig(bits, **common, group_size=options.group_size, seed=options.seed, **ROWS[name])
     started = time.monotonic()
     model = AutoModelForCausalLM.from_pretrained(options.model, quantization_config=config, dtype=torch.float32)
@@ -59,6 +64,17 @@ def measure(options: argparse.Namespace, name: str, bits: float, dense: Any, tes
         "expert_bits": report["expert_bits"],
     }
     scores = evaluate(model.dequantize(), test, dense, context=options.context, limit=options.windows, batch=1)
+    return row | scores.to_dict()
+
+
+def measure_peer(options: argparse.Namespace, dense: Any, test: torch.Tensor) -> dict[str, Any]:
+    """The row of a checkpoint that another tool rounded and wrote back as dense weights."""
+    from transformers_mcmoe.evaluation import evaluate
+
+    told = json.loads((options.peer / "gptqmodel_peer.json").read_text(encoding="utf-8"))
+    model = AutoModelForCausalLM.from_pretrained(options.peer, dtype=torch.float32)
+    row = {"row": "GPTQModel 7.7.0", "bits": options.bits[0], "layers": options.layers, "peer": told}
+    scores = evaluate(model, test, dense, context=options.context, limit=options.windows, batch=1)
     return row | scores.to_dict()
 
 
@@ -80,6 +96,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=12, help="windows measured, spread over the test text")
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=0, help="quantize only the first layers; 0: all")
+    parser.add_argument("--peer", type=Path, help="also measure this output of gptqmodel_peer.py")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--docs", action="store_true", help="write docs/quality.md from the committed rows, and stop")
     options = parser.parse_args()
@@ -88,53 +106,60 @@ def main() -> None:
         return
     test = tokens(options.model, options.test)
     dense = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    if options.peer is not None:
+        _append(options, measure_peer(options, dense, test))
     for bits in options.bits:
         for name in options.rows:
-            row = {"model": options.model.name, "test": options.test.name, "calibration": options.calibration.name}
-            row |= {"group_size": options.group_size} | measure(options, name, bits, dense, test)
-            row |= {
-                "load": round(os.getloadavg()[0], 1),
-                "cpus": os.cpu_count(),
-                "machine": platform.machine(),
-                "date": datetime.date.today().isoformat(),
-            }
-            RESULTS.parent.mkdir(exist_ok=True)
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print(
-                f"{bits} {name}: perplexity {row['perplexity']:.2f}, KL {row['kl']:.4f}, {row['seconds']:.0f} s",
-                flush=True,
-            )
+            _append(options, measure(options, name, bits, dense, test))
+
+
+def _append(options: argparse.Namespace, measured: dict[str, Any]) -> None:
+    row = {"model": options.model.name, "test": options.test.name, "calibration": options.calibration.name}
+    row |= {"group_size": options.group_size} | measured
+    row |= {
+        "load": round(os.getloadavg()[0], 1),
+        "cpus": os.cpu_count(),
+        "machine": platform.machine(),
+        "date": datetime.date.today().isoformat(),
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print(f"{row['bits']} {row['row']}: perplexity {row['perplexity']:.2f}, KL {row['kl']:.4f}", flush=True)
 
 
 def write_docs() -> None:
-    """docs/quality.md: one table per model and budget, the newest row of each name."""
+    """docs/quality.md: one table per model, layers and budget, the newest row of each name."""
     rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-    newest = {(row["model"], row["bits"], row["row"]): row for row in rows}
+    newest = {(row["model"], row["layers"], row["bits"], row["row"]): row for row in rows}
     parts = [HEAD]
-    for model, bits in dict.fromkeys((model, bits) for model, bits, _ in newest):
-        table = [row for (m, b, _), row in newest.items() if (m, b) == (model, bits)]
-        table.sort(key=lambda row: row["kl"])
-        first = table[0]
+    for key in dict.fromkeys(key[:3] for key in newest):
+        model, layers, bits = key
+        table = sorted((row for k, row in newest.items() if k[:3] == key), key=lambda row: row["kl"])
+        first = next(row for row in table if "calibration_tokens" in row)
         protocol = first["protocol"]
-        parts.append(f"## {model}, {bits} average bits\n")
+        parts.append(f"## {model}, {bits} average bits{f', only layers 0-{layers - 1} quantized' if layers else ''}\n")
         parts.append(
             f"Calibration: {first['calibration_tokens']:,} tokens of {first['calibration']}. Measured: "
             f"{protocol['windows']} windows of {protocol['context']} tokens spread over {first['test']}, "
-            f"{protocol['tokens']:,} predictions, fp32, on {first['cpus']} CPU cores. Dense perplexity "
+            f"{first['tokens']:,} predictions, fp32, on {first['cpus']} CPU cores. Dense perplexity "
             f"{first['reference_perplexity']:.2f}. Groups of {first['group_size']} or the largest divisor below. "
-            "s.e. is over windows.\n"
+            "± is a standard error over windows.\n"
         )
         parts.append("| row | average bits | bits per weight | perplexity | dNLL | KL | top-1 | seconds |")
         parts.append("|---|---|---|---|---|---|---|---|")
-        for row in table:
-            parts.append(
-                f"| {row['row']} | {row['average_bits']:.3f} | {row['bits_per_weight']:.3f} | {row['perplexity']:.2f} "
-                f"| {row['dnll']:.3f} ± {row['dnll_se']:.3f} | {row['kl']:.4f} ± {row['kl_se']:.4f} "
-                f"| {100 * row['top1']:.1f} % | {row['seconds']:.0f} |"
-            )
+        parts += [_line(row) for row in table]
         parts.append("")
     DOCS.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _line(row: dict[str, Any]) -> str:
+    average, per_weight = (f"{row[name]:.3f}" if name in row else "" for name in ("average_bits", "bits_per_weight"))
+    seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
+    return (
+        f"| {row['row']} | {average} | {per_weight} | {row['perplexity']:.2f} | {row['dnll']:.3f} ± {row['dnll_se']:.3f} "
+        f"| {row['kl']:.4f} ± {row['kl_se']:.4f} | {100 * row['top1']:.1f} % | {seconds} |"
+    )
 
 
 HEAD = """# Quality, measured
