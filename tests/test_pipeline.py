@@ -115,6 +115,21 @@ def test_a_plan_that_is_rounded_to_nearest_needs_no_data(dense, report):
     assert compression_report(packed)["calibration_tokens"] == 0
 
 
+@pytest.mark.parametrize("activations", ["compressed", "dense"])
+def test_what_a_layer_is_calibrated_on(dense, activations):
+    """With dense activations a layer does not depend on the widths before it; with compressed ones it does."""
+
+    def second_layer(first_bits):
+        plan = {"experts": {path: {"gate_up": "22222222", "down": "22222222"} for path in PATHS}}
+        plan["experts"][PATHS[0]] = {"gate_up": str(first_bits) * 8, "down": str(first_bits) * 8}
+        state = compressed(dense, quick_config(plan=plan, activations=activations)).state_dict()
+        return {name: tensor for name, tensor in state.items() if PATHS[1] in name and tensor.dtype == torch.uint8}
+
+    one, eight = second_layer(1), second_layer(8)
+    assert one
+    assert all(torch.equal(one[name], eight[name]) for name in one) == (activations == "dense")
+
+
 @pytest.mark.parametrize("budget", ["layer", "model"])
 def test_streamed_equals_loaded(dense, tmp_path, monkeypatch, budget):
     """The same plan and the same bytes, whether layers are streamed or the whole model is in memory."""
