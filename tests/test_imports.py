@@ -19,7 +19,7 @@ LAYERS = [
     {"quantizer", "integrations", "evaluation", "report", "cli"},
 ]
 ADDRESSES = {
-    "scipy": {"allocation", "report"},
+    "scipy": {"allocation"},
     "peft": {"integrations"},
     "triton": {"kernels"},
     "typer": {"cli"},

@@ -13,6 +13,7 @@ from transformers_mcmoe import MCMoEConfig, compression_report
 from transformers_mcmoe.allocation import solve
 from transformers_mcmoe.config import ALLOCATIONS
 from transformers_mcmoe.models import stream
+from transformers_mcmoe.pipeline import job
 
 PATHS = [f"model.layers.{i}.mlp.experts" for i in range(2)]
 CALIBRATION = {"dataset": tokens(32, 64), "num_samples": 32, "bits": 2.5}
@@ -169,6 +170,24 @@ def test_starved_experts_are_reported(dense):
     assert starved == list(range(8))
     assert any(PATHS[0] in note and "too few" in note for note in report["fallbacks"])
     assert all(np.isfinite(errors).all() for errors in report["errors"][PATHS[0]].values())
+
+
+def test_layers_behind_the_last_quantized_one_are_not_run(dense):
+    steps = []
+    options = {"modules_to_not_convert": ["model.layers.1"], "attention_bits": 16, "max_memory": "2GB"}
+    model = compressed(dense, quick_config(**CALIBRATION, **options, progress=steps.append))
+    assert {step.layers for step in steps} == {1}
+    assert set(compression_report(model)["expert_bits"]) == {PATHS[0]}
+
+
+def test_hessian_errors_are_measured_where_they_are_asked_for(dense, monkeypatch):
+    calls = []
+    original = job.hessian_error
+    monkeypatch.setattr(job, "hessian_error", lambda *args: calls.append(args) or original(*args))
+    compressed(dense, quick_config(**CALIBRATION))
+    assert not calls
+    compressed(dense, quick_config(**CALIBRATION, allocation="hessian"))
+    assert len(calls) == 2 * 8 * 3  # layers, experts, widths
 
 
 def test_progress_reaches_the_end(dense):

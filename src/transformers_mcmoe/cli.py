@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from transformers_mcmoe.config import MCMoEConfig
+from transformers_mcmoe.config import ALLOCATIONS, MCMoEConfig
 from transformers_mcmoe.progress import Progress
 from transformers_mcmoe.report import REPORT_NAME, compression_report
 from transformers_mcmoe.workdir import FINGERPRINT, check_replaceable, recover_directory, replace_directory
@@ -46,7 +46,7 @@ def compress(
     budget: Annotated[
         Literal["layer", "model"], typer.Option(help="One budget per layer or for the model.")
     ] = "layer",
-    allocation: Annotated[str, typer.Option(help="pmq, uniform, random, frequency, routing_weight, f_norm.")] = "pmq",
+    allocation: Annotated[str, typer.Option(help=", ".join(a for a in ALLOCATIONS if a != "bsp") + ".")] = "pmq",
     num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 2048,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,

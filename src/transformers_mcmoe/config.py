@@ -93,7 +93,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         work_dir: folder for hidden states and finished layers; default a temporary one.
         max_memory: bytes (or "12GB") that compression may take; checked against the estimate before it starts.
         device: where layers are run; default "cpu".
-        plan: a plan (dict, or path of a JSON file) that is used instead of the allocation.
+        plan: a plan (dict, or path of a JSON file) that is used instead of the allocation; GPTQ still needs a dataset.
         progress: called with a `progress.Progress` after every step; default logging and a progress bar.
 
     Raises:

@@ -8,24 +8,18 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import numpy
-import safetensors
-import scipy
 import torch
-import transformers
 from torch import nn
 from transformers.utils import cached_file
 
 from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig
 from transformers_mcmoe.pipeline import Compressed, LayerResult
 from transformers_mcmoe.plan import average_bits, bits_per_weight
-from transformers_mcmoe.version import __version__
+from transformers_mcmoe.version import versions
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +63,7 @@ def build_report(model: nn.Module, config: MCMoEConfig, result: Compressed) -> d
         "calibration_tokens": result.tokens,
         "seconds": result.seconds,
         "seed": config.seed,
-        "versions": _versions(),
+        "versions": versions(),
         "config": config.to_dict(),
     }
 
@@ -118,15 +112,6 @@ def _expert_bytes(result: Compressed, group_size: int) -> dict[str, int]:
             expert = f"{path}.{matrix.name.removeprefix(path + '.').partition('.')[0]}"
             sizes[expert] = sizes.get(expert, 0) + matrix.packed_bytes(group_size)
     return sizes
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "transformers_mcmoe": __version__,
-        "python": platform.python_version(),
-        **{module.__name__: module.__version__ for module in (torch, transformers, accelerate, safetensors)},
-        **{module.__name__: module.__version__ for module in (numpy, scipy)},
-    }
 
 
 def compression_report(model: Any) -> dict[str, Any]:

@@ -104,7 +104,9 @@ def probe_inputs(
     """
     passes = []
     for value in (0.0, 1.0):
-        with _all([e.idle(value) for e in experts]):
+        with ExitStack() as stack:
+            for module in experts:
+                stack.enter_context(module.idle(value))
             passes.append(_first_inputs(modules, run))
     groups: dict[str, list[str]] = {}
     for path, x in passes[0].items():
@@ -122,7 +124,9 @@ def _first_inputs(modules: Mapping[str, nn.Module], run: Callable[[], Any]) -> d
 
         return keep
 
-    with _all([_pre_hook(module, hook(path)) for path, module in modules.items()]):
+    with ExitStack() as stack:
+        for path, module in modules.items():
+            stack.enter_context(module.register_forward_pre_hook(hook(path)))
         run()
     return seen
 
@@ -141,22 +145,7 @@ def observe_linears(modules: Mapping[str, nn.Module], hessians: Mapping[str, Hes
 
         return count
 
-    with _all([_pre_hook(modules[path], hook(path)) for path in hessians]):
-        yield
-
-
-@contextmanager
-def _pre_hook(module: nn.Module, hook: Any) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _all(contexts: Sequence[Any]) -> Iterator[None]:
     with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
+        for path in hessians:
+            stack.enter_context(modules[path].register_forward_pre_hook(hook(path)))
         yield

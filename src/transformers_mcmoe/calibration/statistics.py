@@ -155,11 +155,8 @@ class BlockChange:
             self.total += float(cosine.sum(dtype=torch.float64))
             self.tokens += cosine.numel()
 
-        handle = block.register_forward_hook(count, with_kwargs=True)
-        try:
+        with block.register_forward_hook(count, with_kwargs=True):
             yield
-        finally:
-            handle.remove()
 
 
 def output_errors(
@@ -188,3 +185,21 @@ def output_errors(
         squared = change.square().sum(-1).to(torch.float64) * weight.square()
         errors.append(float((squared.sum() * sample.scale).sqrt()))
     return errors
+
+
+def hessian_error(
+    experts: Experts, expert: int, replacement: Mapping[str, Tensor], traces: Mapping[str, float]
+) -> float:
+    """Sum of Tr(H) / tokens * |W' - W|^2 over one expert's matrices.
+
+    Args:
+        experts: the layer's experts, with their dense weights.
+        expert: which one.
+        replacement: W' [out, in] float32 per projection.
+        traces: Tr(H) / tokens by role, as `Hessian.traces` gives them.
+    """
+    total = 0.0
+    for p in experts.projections:
+        dense = experts.matrix(expert, p.name).to(torch.float32)
+        total += traces[p.role] * float((replacement[p.name].to(dense.device) - dense).square().sum())
+    return total

@@ -26,7 +26,7 @@ from transformers_mcmoe.evaluation.protocol import (
     read_text,
     seed_of,
 )
-from transformers_mcmoe.models.experts import find_experts, layer_of
+from transformers_mcmoe.models.experts import find_experts, stacks_of
 from transformers_mcmoe.nn import PackedExperts
 
 
@@ -163,7 +163,7 @@ def error_buildup(
 def _layer_paths(reference: Any) -> list[str]:
     """Paths of the decoder layers, in the order of execution."""
     packed = [path for path, module in reference.named_modules() if isinstance(module, PackedExperts)]
-    stacks = list(dict.fromkeys(layer_of(path)[0] for path in packed or find_experts(reference)))
+    stacks = stacks_of(packed or find_experts(reference))
     if len(stacks) > 1:
         raise NotImplementedError(
             f"The experts of {type(reference).__name__} lie in {len(stacks)} stacks of layers ({', '.join(stacks)}), "

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import itertools
 import math
-import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from torch import Tensor
 
-from transformers_mcmoe.version import __version__
+from transformers_mcmoe.version import versions
 
 
 class Window(NamedTuple):
@@ -204,13 +202,7 @@ def seed_of(model: Any) -> int | None:
 
 def as_json(protocol: Protocol, seed: int | None, figures: dict[str, Any]) -> dict[str, Any]:
     """A JSON-serialisable dict of figures and what they need beside them; numbers that are not finite become None."""
-    versions = {
-        "transformers_mcmoe": __version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-    }
-    return {"protocol": asdict(protocol), "seed": seed, "versions": versions, **_finite(figures)}
+    return {"protocol": asdict(protocol), "seed": seed, "versions": versions(), **_finite(figures)}
 
 
 def _finite(value: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from transformers_mcmoe.models.experts import find_experts, find_linears, layer_of
+from transformers_mcmoe.models.experts import find_experts, find_linears, layer_of, stacks_of
 from transformers_mcmoe.models.names import CheckpointNames
 from transformers_mcmoe.plan import Matrix, Plan
 
@@ -85,7 +85,7 @@ class Structure:
 
     def layer_sizes(self) -> tuple[int, int]:
         """Weights of the largest decoder layer, and of all that lies outside the layers."""
-        stacks = {layer_of(path)[0] + "." for path in self.experts}
+        stacks = [stack + "." for stack in stacks_of(self.experts)]
         sizes: dict[tuple[str, int], int] = {}
         rest = 0
         for name, parameter in self.model.named_parameters():

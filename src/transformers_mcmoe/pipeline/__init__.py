@@ -2,7 +2,7 @@
 """compress(): the one ordered list of stages from a dense checkpoint to packed layer files.
 
 1. prepare: which matrices there are, whether the budget can be met, calibration tokens, the work folder (`prepare`)
-2. allocate: run the layers, measure routing and errors, choose a width per expert (`job`)
+2. allocate: run the layers, measure routing and errors, choose a width per expert (`job`, `allocating`)
 3. quantize: round (`rounding`), pack and write (`writing`) every layer
 
 With a budget per layer, 2 and 3 happen layer by layer in one pass over the model; with one budget for the model 3 is
@@ -25,7 +25,8 @@ import torch
 from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.models.stream import Checkpoint, computing, open_runner
 from transformers_mcmoe.models.structure import Structure
-from transformers_mcmoe.pipeline.job import Job, LayerResult
+from transformers_mcmoe.pipeline.allocating import LayerResult
+from transformers_mcmoe.pipeline.job import Job
 from transformers_mcmoe.pipeline.prepare import OVERHEAD, disk_need, fingerprint_of, hessian_memory, prepare
 from transformers_mcmoe.plan import Matrix, Plan
 from transformers_mcmoe.progress import Meter

@@ -10,23 +10,18 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from transformers_mcmoe.allocation import SCORES, solve, uniform
-from transformers_mcmoe.allocation.significance import ExpertStatistics, layers_by_change
 from transformers_mcmoe.calibration.hessians import ExpertHessians
-from transformers_mcmoe.calibration.statistics import BlockChange, ExpertInputs, RoutingStatistics, output_errors
+from transformers_mcmoe.calibration.statistics import BlockChange, ExpertInputs, hessian_error, output_errors
 from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.memory import return_free_memory
-from transformers_mcmoe.models.experts import Experts
 from transformers_mcmoe.models.stream import LayerRunner
 from transformers_mcmoe.models.structure import Structure
+from transformers_mcmoe.pipeline.allocating import MEASURED, Allocator, LayerResult
 from transformers_mcmoe.pipeline.rounding import PLAIN, ExpertRounder, Packed, Widths, chunks, round_linears
 from transformers_mcmoe.pipeline.writing import Writer
 from transformers_mcmoe.plan import ExpertWidths, Plan
@@ -35,26 +30,6 @@ from transformers_mcmoe.quantization import dequantize
 from transformers_mcmoe.workdir import WorkDir
 
 logger = logging.getLogger(__name__)
-
-# allocations that need the errors of every width
-MEASURED = ("pmq", "f_norm", "hessian")
-
-
-@dataclass
-class LayerResult:
-    """What was measured of one experts module.
-
-    Attributes:
-        routing: token counts and routing weights, None if no tokens were run.
-        errors: width -> eps of every expert.
-        hessian_errors: width -> sum of Tr(H) / tokens * |W' - W|^2 over the matrices of every expert.
-        starved: experts that saw too few tokens to be measured on their own.
-    """
-
-    routing: RoutingStatistics | None = None
-    errors: dict[int, list[float]] = field(default_factory=dict)
-    hessian_errors: dict[int, list[float]] = field(default_factory=dict)
-    starved: list[int] = field(default_factory=list)
 
 
 class Job:
@@ -87,8 +62,8 @@ class Job:
         limit: int,
     ) -> None:
         self._structure, self._runner, self._config = structure, runner, config
-        self._budgets, self._work, self._meter, self._limit = budgets, work, meter, limit
-        self._index = {path: index for index, path in enumerate(structure.experts)}
+        self._work, self._meter, self._limit = work, meter, limit
+        self._allocator = Allocator(structure, config, budgets)
         self.layers: dict[str, LayerResult] = {path: LayerResult() for path in structure.experts}
         self.fallbacks = [f"The whole dense model was loaded: {runner.reason}."] if runner.reason else []
         self.seconds: dict[str, float] = {}
@@ -108,11 +83,18 @@ class Job:
         return self._timed("quantize", lambda: self._quantize(plan))
 
     def _timed(self, stage: str, work: Callable[[], Any]) -> Any:
-        self._meter.start(stage, len(self._runner.layers))
+        self._meter.start(stage, len(self._layers()))
         started = time.monotonic()
         result = work()
         self.seconds[stage] = time.monotonic() - started
         return result
+
+    def _layers(self) -> range:
+        """The decoder layers up to the last that holds a matrix to be quantized; nothing reads what comes behind it."""
+        plan = self._config.plan
+        linears = plan.linears if plan is not None and plan.linears else self._structure.linears
+        paths = (*self._structure.experts, *linears)
+        return range(1 + max(i for i in range(len(self._runner.layers)) if self._inside(i, paths)))
 
     def _inside(self, i: int, paths: Iterable[str]) -> list[str]:
         """Those of the module paths that lie in decoder layer i."""
@@ -122,8 +104,8 @@ class Job:
 
     def _allocate_model(self) -> Plan:
         """Costs of all layers on dense activations, then one program."""
-        cost, price, group = [], [], []
-        for i in range(len(self._runner.layers)):
+        norms: dict[str, float] = {}
+        for i in self._layers():
             with self._runner.loaded(i):
                 paths = self._inside(i, self._structure.experts)
                 for path in paths:
@@ -131,44 +113,23 @@ class Job:
                         self._measure(i, path)
                     else:
                         self._observe(i, path, None)
-                norm = self._runner.advance(i)
-                for path in paths:
-                    # errors of different layers compare relative to the hidden states they are added to
-                    cost.append(self._cost(path, 1 / max(norm, 1e-30)))
-                    price.append(self._price(path))
-                    group.append(np.full(len(price[-1]), self._index[path]))
+                norms |= dict.fromkeys(paths, self._runner.advance(i))
             self._meter.layer_done()
-        groups = np.concatenate(group)
-        choice = solve(
-            np.concatenate(cost), np.concatenate(price), self._budget(), group=groups, at_least=self._at_least()
-        )
-        bits = np.asarray(self._config.expert_bits)[choice]
-        widths = {path: ExpertWidths.of(bits[groups == index]) for path, index in self._index.items()}
-        return Plan(widths, self._structure.linears)
+        return Plan(self._allocator.model(self.layers, norms), self._structure.linears)
 
     def _allocate_blocks(self) -> Plan:
         """The block score: whole layers at the higher width, those first whose MoE block changes its input most."""
         similarity: dict[str, float] = {}
-        for i in range(len(self._runner.layers)):
-            with self._runner.loaded(i):
-                paths = self._inside(i, self._structure.experts)
-                changes = {path: BlockChange() for path in paths}
-                with ExitStack() as stack:
-                    for path, change in changes.items():
-                        block = self._structure.model.get_submodule(path.rpartition(".")[0])
-                        stack.enter_context(change.observe(block))
-                    self._runner.advance(i)
+        for i in self._layers():
+            with self._runner.loaded(i), ExitStack() as stack:
+                changes = {path: BlockChange() for path in self._inside(i, self._structure.experts)}
+                for path, change in changes.items():
+                    block = self._structure.model.get_submodule(path.rpartition(".")[0])
+                    stack.enter_context(change.observe(block))
+                self._runner.advance(i)
                 similarity |= {path: change.similarity for path, change in changes.items()}
             self._meter.layer_done()
-        experts = self._structure.experts
-        sizes = {path: self._structure.expert_weights(path) * experts[path].num_experts for path in experts}
-        widths = layers_by_change(similarity, sizes, self._config.expert_bits, self._budget())
-        plan = {path: ExpertWidths.of([bits] * experts[path].num_experts) for path, bits in widths.items()}
-        return Plan(plan, self._structure.linears)
-
-    def _budget(self) -> int:
-        """Bits of all experts together."""
-        return sum(bits * self._structure.expert_weights(path) for path, bits in self._budgets.items())
+        return Plan(self._allocator.blocks(similarity), self._structure.linears)
 
     # ---- the pass that rounds and writes
 
@@ -180,10 +141,10 @@ class Job:
         linears = self._structure.linears if plan is None else plan.linears
         widths: dict[str, ExpertWidths] = {}
         files = []
-        last = len(self._runner.layers) - 1
+        layers = self._layers()
         runs = plan is None or self._config.rounding == "gptq"
         dense = self._config.activations == "dense"
-        for i in range(last + 1):
+        for i in layers:
             with self._runner.loaded(i):
                 tensors: dict[str, Tensor] = {}
                 self._linears(i, {path: linears[path] for path in self._inside(i, linears)}, tensors, not dense)
@@ -194,7 +155,7 @@ class Job:
                     del packed
                 files.append(self._work.write_layer(i, tensors))
                 del tensors
-                if runs and i < last and not self._runner.recomputes:
+                if runs and i < layers[-1] and not self._runner.recomputes:
                     self._runner.advance(i)
             self._meter.layer_done()
         return Plan(widths, linears), files
@@ -213,14 +174,14 @@ class Job:
         if widths is None:
             if self._config.allocation in MEASURED:
                 candidates = self._measure(i, path)
-                widths = self._allocate(path)
+                widths = self._allocator.layer(path, self.layers[path])
                 if candidates:
                     chosen = enumerate(widths.gate_up)
                     return widths, {expert: candidates[expert, bits] for expert, bits in chosen}
             else:
                 if self._config.allocation != "uniform" or self._config.rounding == "nearest":
                     self._observe(i, path, None)
-                widths = self._allocate(path)
+                widths = self._allocator.layer(path, self.layers[path])
         return widths, self._round(i, path, widths)
 
     def _measure(self, i: int, path: str) -> dict[tuple[int, int], Packed]:
@@ -232,12 +193,13 @@ class Job:
         candidates: dict[tuple[int, int], Packed] = {}
         self.layers[path].errors = {bits: [] for bits in config.expert_bits}
         final = config.eps == "final"
-        every = list(range(experts.num_experts))
-        for which, hessians, inputs in self._passes(i, path, every, final or config.allocation == "hessian"):
-            traces = None if hessians is None else {role: h.traces().tolist() for role, h in hessians.roles.items()}
-            used = hessians if final and config.rounding == "gptq" else None
-            rounder = ExpertRounder(experts, which, used, config, None if final else PLAIN)
-            del hessians, used
+        feedback = final and config.rounding == "gptq"
+        traced = config.allocation == "hessian"
+        for which, hessians, inputs in self._passes(i, path, list(range(experts.num_experts)), feedback or traced):
+            traces = {role: h.traces().tolist() for role, h in hessians.roles.items()} if hessians and traced else None
+            grid = None if final else PLAIN
+            rounder = ExpertRounder(experts, which, hessians if feedback else None, config, grid)
+            del hessians
             packed = {bits: rounder.round(which, (bits, bits)) for bits in config.expert_bits}
             del rounder
             for n, expert in enumerate(which):
@@ -266,7 +228,7 @@ class Job:
             for bits, matrices in packed.items():
                 rebuilt = {name: dequantize(m, bits, projections[name].in_features) for name, m in matrices.items()}
                 if traces is not None:
-                    distances.append(_hessian_error(experts, expert, rebuilt, traces))
+                    distances.append(hessian_error(experts, expert, rebuilt, traces))
                 yield rebuilt
 
         errors = output_errors(experts, expert, inputs.sample(expert), rebuilt())
@@ -347,56 +309,3 @@ class Job:
     def _fall_back(self, reason: str) -> None:
         logger.warning(reason)
         self.fallbacks.append(reason)
-
-    # ---- allocation
-
-    def _cost(self, path: str, scale: float = 1.0) -> np.ndarray:
-        """Cost [E, J] of every width for every expert of a module, errors multiplied by `scale`."""
-        config, result = self._config, self.layers[path]
-        routing = result.routing or RoutingStatistics.zeros(self._structure.experts[path].num_experts)
-        nothing = [0.0] * len(routing.tokens)
-        # an expert without tokens is of little significance, not of none
-        tokens, weight = routing.tokens.to(torch.float64).numpy(), routing.weight.numpy()
-        statistics = ExpertStatistics(
-            np.maximum(tokens, 1.0),
-            np.where(tokens > 0, weight, weight.sum() / tokens.sum()),
-            np.asarray([result.errors.get(bits) or nothing for bits in config.expert_bits]).T * scale,
-            np.asarray([result.hessian_errors.get(bits) or nothing for bits in config.expert_bits]).T * scale**2,
-        )
-        return SCORES[config.allocation](
-            statistics,
-            config.expert_bits,
-            alpha=config.alpha,
-            beta=config.beta,
-            gamma=config.gamma,
-            rng=np.random.default_rng([config.seed, self._index[path]]),
-        )
-
-    def _price(self, path: str) -> np.ndarray:
-        """Bits [E, J] of every width for every expert of a module."""
-        widths = np.asarray(self._config.expert_bits, dtype=np.float64)
-        return np.tile(widths * self._structure.expert_weights(path), (self._structure.experts[path].num_experts, 1))
-
-    def _at_least(self) -> dict[int, int] | None:
-        return {self._config.expert_bits.index(bits): n for bits, n in self._config.at_least.items()} or None
-
-    def _allocate(self, path: str) -> ExpertWidths:
-        """Widths of one experts module under its own budget."""
-        config, bits = self._config, np.asarray(self._config.expert_bits)
-        if config.allocation == "uniform":
-            rng = np.random.default_rng([config.seed, self._index[path]])
-            count = self._structure.experts[path].num_experts
-            choice = uniform(count, config.expert_bits, self._budgets[path], rng)
-        else:
-            budget = self._budgets[path] * self._structure.expert_weights(path)
-            choice = solve(self._cost(path), self._price(path), budget, at_least=self._at_least())
-        return ExpertWidths.of(bits[choice])
-
-
-def _hessian_error(experts: Experts, expert: int, rebuilt: Mapping[str, Tensor], traces: Mapping[str, float]) -> float:
-    """Sum of Tr(H) / tokens * |W' - W|^2 over an expert's matrices."""
-    total = 0.0
-    for p in experts.projections:
-        dense = experts.matrix(expert, p.name).to(torch.float32)
-        total += traces[p.role] * float((rebuilt[p.name].to(dense.device) - dense).square().sum())
-    return total

@@ -103,14 +103,17 @@ def hessian_memory(structure: Structure, config: MCMoEConfig, dtype: torch.dtype
     least = max(3 * layer // 4, _LEAST_HESSIANS)
     if config.max_memory is None:
         return least
-    # one expert's Hessians are held whatever they take, and three copies of the largest while it is factorized
-    single = max(ExpertHessians.bytes_per_expert(experts) for experts in structure.experts.values())
-    need = max(4 * layer, 2 * layer + 4 * single) + rest + OVERHEAD
+    # the Hessians of one expert or linear layer are held whatever they take, with three copies while one is factorized
+    modules = [structure.model.get_submodule(path) for path in structure.linears]
+    sizes = [ExpertHessians.bytes_per_expert(experts) for experts in structure.experts.values()]
+    single = max(sizes + [4 * module.in_features**2 for module in modules])
+    held = max(4 * layer, 2 * layer + 4 * single)
+    need = held + rest + OVERHEAD
     if need > config.max_memory_bytes:
         raise ValueError(
-            f"max_memory={config.max_memory!r} is too little: 4 decoder layers of {layer / 1e9:.2f} GB, "
-            f"{rest / 1e9:.2f} GB of embeddings and {OVERHEAD / 1e9:.2f} GB beside them may take {need / 1e9:.2f} GB; "
-            "raise max_memory."
+            f"max_memory={config.max_memory!r} is too little: a decoder layer of {layer / 1e9:.2f} GB takes up to "
+            f"{held / 1e9:.2f} GB while it is rounded, embeddings {rest / 1e9:.2f} GB and what is beside them "
+            f"{OVERHEAD / 1e9:.2f} GB, together {need / 1e9:.2f} GB; raise max_memory."
         )
     return least + config.max_memory_bytes - need
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.integrations.hqq.matrix import HQQMatrix, common_group_size, open_source, read
-from transformers_mcmoe.models.experts import Experts, layer_of
+from transformers_mcmoe.models.experts import Experts, stacks_of
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.plan import ExpertWidths, Plan, average_bits
 
@@ -89,7 +89,7 @@ def _plan(structure: Structure, matrices: Iterable[HQQMatrix]) -> tuple[Plan, se
         names |= {m.name for m in held}
     if not experts:
         raise ValueError("The checkpoint has no routed experts in HQQ matrices; quantize them, one matrix per expert.")
-    stacks = tuple({f"{layer_of(path)[0]}." for path in structure.experts})
+    stacks = tuple(f"{stack}." for stack in stacks_of(structure.experts))
     linears = {name: m for name, m in found.items() if name.startswith(stacks) and _is_linear(structure.model, name)}
     names |= {m.name for m in linears.values()}
     return Plan(experts, {name: m.bits for name, m in linears.items()}), names

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dense checkpoint files, and how parts of them become a module's weights and go again."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+
+from transformers_mcmoe.memory import return_free_memory
+from transformers_mcmoe.models.names import CheckpointNames
+
+
+class Checkpoint:
+    """Lazy access to the tensors of one or several safetensors files; a later file wins.
+
+    Raises:
+        ValueError: a file is not safetensors, or cannot be read (truncated, corrupted).
+    """
+
+    def __init__(self, files: Sequence[str | Path]) -> None:
+        self._handles: list[Any] = []
+        self.slices: dict[str, Any] = {}
+        for file in files:
+            if not str(file).endswith(".safetensors"):
+                raise ValueError(f"'{file}' is not a safetensors file; convert the checkpoint to safetensors first.")
+            try:
+                handle = safe_open(str(file), framework="pt", device="cpu")
+            except Exception as error:
+                raise ValueError(f"'{file}' cannot be read ({error}); download or write it again.") from error
+            self._handles.append(handle)
+            self.slices.update({key: handle.get_slice(key) for key in handle.keys()})  # noqa: SIM118
+
+
+class Weights:
+    """Loads parts of a checkpoint into a model on meta, with transformers' own loader.
+
+    Args:
+        model: a private copy of the model, on meta.
+        checkpoint: the dense checkpoint.
+        names: its conversion mapping.
+        dtype: floating dtype of the weights in memory.
+        device: where they go.
+    """
+
+    def __init__(
+        self, model: Any, checkpoint: Checkpoint, names: CheckpointNames, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.model, self.names, self.dtype, self.device = model, names, dtype, device
+        self.slices = checkpoint.slices
+        self.targets = {key: names.target(key)[0] for key in checkpoint.slices}
+
+    def load(self, keys: Sequence[str], root: nn.Module) -> None:
+        """Load checkpoint tensors and make the buffers of `root` that no checkpoint holds.
+
+        Raises:
+            ValueError: a tensor of `root` is in no file, or does not have the shape that the model wants.
+        """
+        config = LoadStateDictConfig(
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            device_map={"": self.device},
+            weight_mapping=copy.deepcopy(self.names.mapping),
+        )
+        info, _ = convert_and_load_state_dict_in_model(self.model, {key: self.slices[key] for key in keys}, config)
+        if info.mismatched_keys or info.conversion_errors:
+            raise ValueError(
+                "The checkpoint does not fit the model: "
+                + "; ".join(str(item) for item in [*info.mismatched_keys, *info.conversion_errors.items()][:5])
+            )
+        self._make_buffers(root)
+
+    def check_embeddings(self) -> None:
+        """Raise ValueError if the checkpoint has no input embeddings."""
+        for path, module in self.model.named_modules():
+            if module is self.model.get_input_embeddings() and module.weight.is_meta:
+                raise ValueError(f"The checkpoint lacks '{path}.weight'; download or write it again.")
+
+    def _make_buffers(self, root: nn.Module) -> None:
+        """Buffers such as rotary frequencies are in no checkpoint; the model's own initialisation computes them."""
+        inside = {id(module) for module in root.modules()}
+        for path, module in self.model.named_modules():
+            missing = [
+                name
+                for name in module._non_persistent_buffers_set
+                if module._buffers.get(name) is not None and module._buffers[name].is_meta
+            ]
+            if not missing or id(module) not in inside:
+                continue
+            for name in missing:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device=self.device)
+            with init.guard_torch_init_functions():
+                self._owner(path)._init_weights(module)
+
+    def _owner(self, path: str) -> Any:
+        """The innermost transformers model that holds a module."""
+        while path:
+            module = self.model.get_submodule(path)
+            if isinstance(module, PreTrainedModel):
+                return module
+            path = path.rpartition(".")[0]
+        return self.model
+
+    def tie(self) -> None:
+        """Ties weights by hand: `tie_weights` does nothing while `from_pretrained` builds a model."""
+        for target, source in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
+            owner, _, name = target.rpartition(".")
+            with_source = self.model.get_submodule(source.rpartition(".")[0])
+            parameter = with_source._parameters.get(source.rpartition(".")[2])
+            if parameter is not None and not parameter.is_meta:
+                self.model.get_submodule(owner)._parameters[name] = parameter
+
+
+def unload(module: nn.Module) -> None:
+    """Put every parameter and buffer of a module back on meta and give the memory back."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty_like(buffer, device="meta")
+    gc.collect()
+    return_free_memory()

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A runner that holds the whole dense model, for models whose layers need each other's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from transformers_mcmoe.models.stream.checkpoint import Weights
+from transformers_mcmoe.models.stream.runner import LastLayer, LayerRunner, model_inputs, squared_norm
+
+
+class LoadedRunner(LayerRunner):
+    """Holds the whole dense model; running a layer costs a forward pass that stops behind it."""
+
+    recomputes = True
+
+    def __init__(self, weights: Weights, layers: list[str], tokens: Tensor, batch: int, reason: str) -> None:
+        self.weights, self.layers, self.reason = weights, layers, reason
+        self._tokens = [tokens[start : start + batch] for start in range(0, len(tokens), batch)]
+        weights.load(list(weights.slices), weights.model)
+        weights.tie()
+        weights.check_embeddings()
+
+    def restart(self) -> None:
+        """Nothing: every run starts from the tokens."""
+
+    @contextmanager
+    def loaded(self, i: int) -> Iterator[nn.Module]:
+        yield self.weights.model.get_submodule(self.layers[i])
+
+    def replay(self, i: int, batches: int | None = None) -> None:
+        self._replay(i, self._tokens[:batches])
+
+    def advance(self, i: int) -> float:
+        return self._replay(i, self._tokens)
+
+    def _replay(self, i: int, batches: Sequence[Tensor]) -> float:
+        squared = 0.0
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            nonlocal squared
+            squared += squared_norm(output[0] if isinstance(output, tuple) else output)
+            raise LastLayer
+
+        handle = self.weights.model.get_submodule(self.layers[i]).register_forward_hook(stop)
+        try:
+            for tokens in batches:
+                try:
+                    self.weights.model(**model_inputs(self.weights.model, tokens.to(self.weights.device)))
+                except LastLayer:
+                    continue
+        finally:
+            handle.remove()
+        return squared**0.5

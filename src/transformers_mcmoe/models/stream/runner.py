@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs a model's decoder layers one after the other on the same tokens, and what its two kinds share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformers_mcmoe.models.stream.checkpoint import Weights
+
+
+class LastLayer(Exception):
+    """Ends a forward pass early."""
+
+
+class LayerRunner(ABC):
+    """Runs calibration tokens through a model layer by layer.
+
+    Use as `for i in range(len(runner.layers)): with runner.loaded(i): runner.replay(i); ...; runner.advance(i)`.
+
+    Attributes:
+        weights: the model and its checkpoint.
+        layers: paths of the decoder layers, in the order of execution.
+        reason: why the whole model is held in memory, or None.
+        recomputes: every run starts from the tokens, so that `advance` is not needed between layers.
+    """
+
+    weights: Weights
+    layers: list[str]
+    reason: str | None = None
+    recomputes = False
+
+    @abstractmethod
+    def restart(self) -> None:
+        """Begin again with the first layer's inputs, after a pass through the layers."""
+
+    @abstractmethod
+    def loaded(self, i: int) -> AbstractContextManager[nn.Module]:
+        """Layer i with its weights."""
+
+    @abstractmethod
+    def replay(self, i: int, batches: int | None = None) -> None:
+        """Run layer i on all tokens, or on the first batches of them, for the sake of hooks; nothing is kept."""
+
+    @abstractmethod
+    def advance(self, i: int) -> float:
+        """As `replay`, but the outputs become the next layer's inputs; returns their Frobenius norm."""
+
+
+def model_inputs(model: Any, tokens: Tensor) -> dict[str, Any]:
+    """Keyword arguments of a forward pass over tokens [N, T]."""
+    inputs = {"input_ids": tokens, "use_cache": False}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = tokens
+    return inputs
+
+
+def squared_norm(x: Tensor) -> float:
+    """Sum of squares of a tensor, in float64."""
+    return float(x.to(torch.float32).square().sum(dtype=torch.float64))

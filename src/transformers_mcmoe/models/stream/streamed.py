@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A runner that holds the embeddings and one decoder layer, and finds out whether a model can be run that way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformers_mcmoe.memory import return_free_memory
+from transformers_mcmoe.models.stream.checkpoint import Weights, unload
+from transformers_mcmoe.models.stream.runner import LastLayer, LayerRunner, model_inputs, squared_norm
+
+
+class NotStreamable(Exception):
+    """A model's layers cannot be run one by one; the message says why."""
+
+
+class HiddenStates:
+    """The hidden states between two layers, [N, T, H], in a memory-mapped file: they cost disk, not memory."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        size = 1
+        for length in shape:
+            size *= length
+        self._data = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+
+    def __getitem__(self, batch: slice) -> Tensor:
+        return self._data[batch]
+
+    def __setitem__(self, batch: slice, value: Tensor) -> None:
+        self._data[batch] = value
+
+
+class LayerStream(LayerRunner):
+    """Holds the embeddings and one decoder layer.
+
+    Raises:
+        NotStreamable: the layers are not a chain, or need more than their recorded arguments.
+    """
+
+    def __init__(self, weights: Weights, layers: list[str], tokens: Tensor, work_dir: Path, batch: int) -> None:
+        self.weights, self.layers = weights, layers
+        self._modules = [weights.model.get_submodule(path) for path in layers]
+        self._keys = self._group_keys()
+        self._batches = [slice(start, start + batch) for start in range(0, len(tokens), batch)]
+        self._tokens, self._path = tokens, work_dir / "hidden_states.bin"
+        self._record()
+
+    def _group_keys(self) -> dict[int, list[str]]:
+        """Checkpoint keys by layer, -1 for those outside the layers; the output head is not needed and left out."""
+        head = self.weights.model.get_output_embeddings()
+        heads = {name for name, module in self.weights.model.named_modules() if head is not None and module is head}
+        groups: dict[int, list[str]] = {}
+        for key, target in self.weights.targets.items():
+            layer = next((i for i, path in enumerate(self.layers) if target.startswith(path + ".")), -1)
+            if self.weights.names.holds(target) and target.rpartition(".")[0] not in heads:
+                groups.setdefault(layer, []).append(key)
+        return groups
+
+    def _record(self) -> None:
+        """One pass with stubs for layers: what the model hands to each of them, and the embedded tokens."""
+        model = self.weights.model
+        rest = nn.ModuleList([m for p, m in model.named_modules() if p and not p.startswith(tuple(self.layers))])
+        self.weights.load(self._keys.get(-1, []), _Without(rest, self._modules))
+        self.weights.tie()
+        self.weights.check_embeddings()
+        self._returns_tuple = self._probe()
+        self._arguments: list[list[tuple[tuple, dict]]] = []
+        for batch in self._batches:
+            hidden, arguments = self._stub_pass(self._tokens[batch], 0.0)
+            if not self._arguments:
+                shape = (len(self._tokens), *hidden.shape[1:])
+                self._hidden = HiddenStates(self._path, shape, hidden.dtype)
+            else:
+                arguments = [_share(a, b) for a, b in zip(arguments, self._arguments[0], strict=True)]
+            self._hidden[batch] = hidden
+            self._arguments.append(arguments)
+
+    def _probe(self) -> bool:
+        """Whether layers return tuples; raises if what a layer gets depends on what an earlier layer computed."""
+        tokens = self._tokens[self._batches[0]]
+        reasons: list[NotStreamable] = []
+        for self._returns_tuple in (False, True):
+            try:
+                _, plain = self._stub_pass(tokens, 0.0)
+                _, shifted = self._stub_pass(tokens, 1.0)
+            except NotStreamable as error:
+                reasons.append(error)
+                continue
+            if not _same(plain, shifted):
+                raise NotStreamable("a decoder layer gets arguments that earlier layers computed")
+            return self._returns_tuple
+        # a crash says only that layers do not return what the stubs returned
+        raise next((reason for reason in reasons if reason.__cause__ is None), reasons[0])
+
+    def _stub_pass(self, tokens: Tensor, shift: float) -> tuple[Tensor, list[tuple[tuple, dict]]]:
+        """Input of layer 0 and the other arguments of every layer; stubs return their input plus `shift`."""
+        given: list[tuple[tuple, dict]] = []
+        first: list[Tensor] = []
+        last: list[Tensor] = []
+
+        def stub(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if last and hidden_states is not last[-1]:
+                raise NotStreamable("the model changes hidden states between its decoder layers")
+            first.append(hidden_states)
+            given.append((args, kwargs))
+            if len(given) == len(self.layers):
+                raise LastLayer
+            last.append(hidden_states + shift)
+            return (last[-1],) if self._returns_tuple else last[-1]
+
+        for module in self._modules:
+            module.forward = stub  # type: ignore[method-assign]
+        try:
+            self.weights.model(**model_inputs(self.weights.model, tokens.to(self.weights.device)))
+        except LastLayer:
+            return first[0], given
+        except NotStreamable:
+            raise
+        except Exception as error:
+            raise NotStreamable(f"a pass with stubs for decoder layers failed ({error})") from error
+        finally:
+            for module in self._modules:
+                del module.forward
+        raise NotStreamable("the model does not call all of its decoder layers")
+
+    def restart(self) -> None:
+        for batch in self._batches:
+            self._hidden[batch] = self._stub_pass(self._tokens[batch], 0.0)[0]
+
+    @contextmanager
+    def loaded(self, i: int) -> Iterator[nn.Module]:
+        module = self._modules[i]
+        self.weights.load(self._keys.get(i, []), module)
+        missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+        if missing:
+            raise ValueError(f"The checkpoint lacks '{self.layers[i]}.{missing[0]}'; download or write it again.")
+        for parameter in module.parameters():
+            # a tensor may be a view of the mapped file: what is written to it would stay in memory until the file is closed
+            parameter.data = parameter.data.clone()
+        return_free_memory()
+        try:
+            yield module
+        finally:
+            unload(module)
+
+    def _run(self, i: int, index: int) -> Tensor:
+        args, kwargs = self._arguments[index][i]
+        hidden = self._hidden[self._batches[index]].to(self.weights.device)
+        output = self._modules[i](hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def replay(self, i: int, batches: int | None = None) -> None:
+        for index in range(len(self._batches[:batches])):
+            self._run(i, index)
+
+    def advance(self, i: int) -> float:
+        squared = 0.0
+        for index, batch in enumerate(self._batches):
+            output = self._run(i, index)
+            squared += squared_norm(output)
+            self._hidden[batch] = output
+        return squared**0.5
+
+
+class _Without(nn.Module):
+    """Modules outside the decoder layers, as one root for buffers."""
+
+    def __init__(self, modules: nn.ModuleList, layers: list[nn.Module]) -> None:
+        super().__init__()
+        inside = {id(part) for layer in layers for part in layer.modules()}
+        self._outside = [module for module in modules if id(module) not in inside]
+
+    def modules(self, *args: Any, **kwargs: Any) -> Iterator[nn.Module]:
+        yield from self._outside
+
+
+def _map(function: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
+    """Applies `function` to the leaves of two equal structures of tuples; dicts and lists are leaves, layers may
+    write to them."""
+    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
+        return tuple(_map(function, x, y) for x, y in zip(a, b, strict=True))
+    return function(a, b)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor)
+
+
+def _share(given: tuple[tuple, dict], first: tuple[tuple, dict]) -> tuple[tuple, dict]:
+    """The same arguments, with tensors that equal the first batch's replaced by those: masks and rotary tables."""
+
+    def pick(a: Any, b: Any) -> Any:
+        return b if isinstance(a, Tensor) and isinstance(b, Tensor) and _same(a, b) else a
+
+    args = _map(pick, given[0], first[0])
+    return args, {key: _map(pick, value, first[1].get(key)) for key, value in given[1].items()}

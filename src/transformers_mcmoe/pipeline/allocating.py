@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what was measured of the experts to a width for each of them, per layer or over the whole model.
+
+Knows measurements, budgets and the solver; it does not know how anything was measured, nor weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from transformers_mcmoe.allocation import SCORES, solve, uniform
+from transformers_mcmoe.allocation.significance import ExpertStatistics, layers_by_change
+from transformers_mcmoe.calibration.statistics import RoutingStatistics
+from transformers_mcmoe.config import MCMoEConfig
+from transformers_mcmoe.models.structure import Structure
+from transformers_mcmoe.plan import ExpertWidths
+
+# allocations that need the errors of every width
+MEASURED = ("pmq", "f_norm", "hessian")
+
+
+@dataclass
+class LayerResult:
+    """What was measured of one experts module.
+
+    Attributes:
+        routing: token counts and routing weights, None if no tokens were run.
+        errors: width -> eps of every expert.
+        hessian_errors: width -> sum of Tr(H) / tokens * |W' - W|^2 over the matrices of every expert.
+        starved: experts that saw too few tokens to be measured on their own.
+    """
+
+    routing: RoutingStatistics | None = None
+    errors: dict[int, list[float]] = field(default_factory=dict)
+    hessian_errors: dict[int, list[float]] = field(default_factory=dict)
+    starved: list[int] = field(default_factory=list)
+
+
+class Allocator:
+    """Chooses widths under the config's budget.
+
+    Args:
+        structure: the model's experts.
+        config: allocation, exponents, candidate widths, seed.
+        budgets: sum of expert widths that each experts module may take, by path; {} where nothing is chosen.
+    """
+
+    def __init__(self, structure: Structure, config: MCMoEConfig, budgets: Mapping[str, int]) -> None:
+        self._structure, self._config, self._budgets = structure, config, budgets
+        self._index = {path: index for index, path in enumerate(structure.experts)}
+        self._bits = np.asarray(config.expert_bits)
+
+    def layer(self, path: str, result: LayerResult) -> ExpertWidths:
+        """Widths of one experts module under its own budget."""
+        if self._config.allocation == "uniform":
+            count = self._structure.experts[path].num_experts
+            choice = uniform(count, self._config.expert_bits, self._budgets[path], self._random(path))
+        else:
+            budget = self._budgets[path] * self._structure.expert_weights(path)
+            choice = solve(self._cost(path, result), self._price(path), budget, at_least=self._at_least())
+        return ExpertWidths.of(self._bits[choice])
+
+    def model(self, results: Mapping[str, LayerResult], norms: Mapping[str, float]) -> dict[str, ExpertWidths]:
+        """Widths of all experts modules under one budget.
+
+        Args:
+            results: measurements by path.
+            norms: by path, the norm of the hidden states that the layer's errors are added to; errors of different
+                layers compare relative to it.
+        """
+        paths = list(results)
+        group = np.concatenate(
+            [np.full(self._structure.experts[path].num_experts, self._index[path]) for path in paths]
+        )
+        cost = np.concatenate([self._cost(path, results[path], 1 / max(norms[path], 1e-30)) for path in paths])
+        price = np.concatenate([self._price(path) for path in paths])
+        choice = solve(cost, price, self._budget(), group=group, at_least=self._at_least())
+        return {path: ExpertWidths.of(self._bits[choice[group == self._index[path]]]) for path in paths}
+
+    def blocks(self, similarity: Mapping[str, float]) -> dict[str, ExpertWidths]:
+        """One width per experts module by the block score, under one budget; see `layers_by_change`."""
+        counts = {path: self._structure.experts[path].num_experts for path in similarity}
+        sizes = {path: self._structure.expert_weights(path) * count for path, count in counts.items()}
+        widths = layers_by_change(similarity, sizes, self._config.expert_bits, self._budget())
+        return {path: ExpertWidths.of([bits] * counts[path]) for path, bits in widths.items()}
+
+    def _budget(self) -> int:
+        """Bits of all experts together."""
+        return sum(bits * self._structure.expert_weights(path) for path, bits in self._budgets.items())
+
+    def _cost(self, path: str, result: LayerResult, scale: float = 1.0) -> np.ndarray:
+        """Cost [E, J] of every width for every expert of a module, errors multiplied by `scale`."""
+        config = self._config
+        routing = result.routing or RoutingStatistics.zeros(self._structure.experts[path].num_experts)
+        nothing = [0.0] * len(routing.tokens)
+        # an expert without tokens is of little significance, not of none
+        tokens, weight = routing.tokens.to(torch.float64).numpy(), routing.weight.numpy()
+        statistics = ExpertStatistics(
+            np.maximum(tokens, 1.0),
+            np.where(tokens > 0, weight, weight.sum() / tokens.sum()),
+            np.asarray([result.errors.get(bits) or nothing for bits in config.expert_bits]).T * scale,
+            np.asarray([result.hessian_errors.get(bits) or nothing for bits in config.expert_bits]).T * scale**2,
+        )
+        return SCORES[config.allocation](
+            statistics,
+            config.expert_bits,
+            alpha=config.alpha,
+            beta=config.beta,
+            gamma=config.gamma,
+            rng=self._random(path),
+        )
+
+    def _price(self, path: str) -> np.ndarray:
+        """Bits [E, J] of every width for every expert of a module."""
+        widths = self._bits.astype(np.float64)
+        return np.tile(widths * self._structure.expert_weights(path), (self._structure.experts[path].num_experts, 1))
+
+    def _at_least(self) -> dict[int, int] | None:
+        return {self._config.expert_bits.index(bits): n for bits, n in self._config.at_least.items()} or None
+
+    def _random(self, path: str) -> np.random.Generator:
+        return np.random.default_rng([self._config.seed, self._index[path]])
