@@ -448,3 +448,18 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match=message):
             convert_hqq(tmp_path / "hqq", tmp_path / "packed")
         assert not (tmp_path / "packed").exists()
+
+    def test_folders_of_the_user_are_not_touched(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        _hqq_checkpoint(tmp_path / "hqq", "mixtral", intermediate_size=96)
+        before = sorted(file.name for file in (tmp_path / "hqq").iterdir())
+        with pytest.raises(ValueError, match="is not empty and holds no compressed model"):
+            convert_hqq(tmp_path / "hqq", tmp_path / "hqq")
+
+        def fail(*args: Any, **kwargs: Any) -> None:
+            raise OSError("no space left")
+
+        monkeypatch.setattr("transformers_mcmoe.integrations.hqq.checkpoint.save_file", fail)
+        with pytest.raises(OSError, match="no space left"):
+            convert_hqq(tmp_path / "hqq", tmp_path / "packed")
+        assert [path.name for path in tmp_path.iterdir()] == ["hqq"]
+        assert sorted(file.name for file in (tmp_path / "hqq").iterdir()) == before

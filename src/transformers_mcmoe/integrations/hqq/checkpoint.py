@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from transformers_mcmoe.integrations.hqq.matrix import HQQMatrix, common_group_s
 from transformers_mcmoe.models.experts import Experts, stacks_of
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.plan import ExpertWidths, Plan, average_bits
+from transformers_mcmoe.report import REPORT_NAME
+from transformers_mcmoe.workdir import check_replaceable, replace_directory
 
 _SHARD_BYTES = 4 << 30
 _COPIED = (".json", ".jinja", ".model", ".txt")  # tokenizer, chat template, generation config
@@ -31,7 +34,7 @@ def convert_hqq(source: str | Path, output: str | Path, group_size: int | None =
 
     Args:
         source: folder with config.json and safetensors files or hqq's `qmodel.pt`.
-        output: folder to write, made if need be.
+        output: folder to write; it appears as a whole at the end.
         group_size: see `from_hqq`.
 
     Returns:
@@ -39,9 +42,11 @@ def convert_hqq(source: str | Path, output: str | Path, group_size: int | None =
 
     Raises:
         ValueError: see `from_hqq` and `Structure`; or the model has no routed expert in HQQ, a layer has some, or an
-            expert's input projections differ in width.
+            expert's input projections differ in width; or `output` is not empty and holds no compressed model.
     """
-    source, output = Path(source), Path(output)
+    source, output = Path(source), Path(output).resolve()
+    check_replaceable(output, REPORT_NAME)
+    output.parent.mkdir(parents=True, exist_ok=True)
     config = transformers.AutoConfig.from_pretrained(source)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -57,15 +62,20 @@ def convert_hqq(source: str | Path, output: str | Path, group_size: int | None =
             yield from (matrix.tensors(size) if matrix.name in names else matrix.dense_tensors()).items()
         yield from ((name, read(value)) for name, value in rest.items())
 
-    output.mkdir(parents=True, exist_ok=True)
-    _write(tensors(), output)
-    average = round(average_bits(matrix.matrix for matrix in packed), 6)
-    config.quantization_config = MCMoEConfig(average, group_size=size, plan=plan).to_dict()
-    config.save_pretrained(output)
-    for file in source.iterdir():
-        known = file.name == "config.json" or file.name.endswith(".index.json")
-        if file.suffix in _COPIED and not known:
-            shutil.copy(file, output)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
+        new = Path(temporary) / output.name
+        new.mkdir()
+        _write(tensors(), new)
+        average = round(average_bits(matrix.matrix for matrix in packed), 6)
+        # what HQQ did, in our words
+        ours = MCMoEConfig(average, group_size=size, plan=plan, rounding="nearest", fit="hqq")
+        config.quantization_config = ours.to_dict()
+        config.save_pretrained(new)
+        for file in source.iterdir():
+            known = file.name == "config.json" or file.name.endswith(".index.json")
+            if file.suffix in _COPIED and not known:
+                shutil.copy(file, new)
+        replace_directory(new, output)
     return plan
 
 
