@@ -95,12 +95,6 @@ class Factor:
         order = None if self.order is None else self.order[pick]
         return Factor(self.unit[pick], self.diagonal[pick], order, self.group_size)
 
-    def error(self, difference: Tensor) -> Tensor:
-        """e H e^T [B, out] of the rows of `difference` [B, out, in], under the damped Hessian."""
-        if self.order is not None:
-            difference = difference.gather(2, self.order.unsqueeze(1).expand_as(difference))
-        return ((difference.to(torch.float32) @ self.unit).square_() * self.diagonal.unsqueeze(1)).sum(-1)
-
 
 def _factorize(hessian: Tensor, order: Tensor | None, damping: float, name: str) -> Tensor:
     """The upper triangular R with H + damping * I = R R^T, [in, in] float32, rows and columns in the given order."""
