@@ -25,6 +25,8 @@ BASE: dict[str, Any] = {"expert_bits": (1, 2, 3, 4)}
 ROWS: dict[str, dict[str, Any]] = {
     "PMQ": BASE,
     "PMQ, one budget for the model": BASE | {"budget": "model"},
+    "PMQ, exponents 1, 1.5, 2": BASE | {"alpha": 1.0, "beta": 1.5},
+    "PMQ, exponents 1, 1.5, 2, one budget for the model": BASE | {"alpha": 1.0, "beta": 1.5, "budget": "model"},
     "uniform": BASE | {"allocation": "uniform"},
     "paper preset": {"preset": "paper"},
     "f_norm": BASE | {"allocation": "f_norm"},

@@ -33,7 +33,7 @@ def _total(report, path):
     return sum(int(digit) for digit in report["expert_bits"][path])
 
 
-def _cost(report, path, alpha=1.0, beta=1.5, gamma=2.0):
+def _cost(report, path, alpha=0.0, beta=0.0, gamma=2.0):
     """phi^alpha * w^beta * eps^gamma from what the report says, [E, J]."""
     coverage, errors = report["coverage"][path], report["errors"][path]
     frequency, weight = np.array(coverage["tokens"], float), np.array(coverage["routing_weight"])
@@ -41,10 +41,12 @@ def _cost(report, path, alpha=1.0, beta=1.5, gamma=2.0):
     return ((frequency / frequency.sum()) ** alpha * (weight / weight.sum()) ** beta)[:, None] * eps**gamma
 
 
-def test_plan_is_the_programs_answer_on_the_reported_costs(report):
+@pytest.mark.parametrize("exponents", [{}, {"alpha": 1.0, "beta": 1.5, "gamma": 1.0}])
+def test_plan_is_the_programs_answer_on_the_reported_costs(dense, exponents):
+    report = compression_report(compressed(dense, quick_config(**CALIBRATION, **exponents)))
     for path in PATHS:
         price = np.tile([1.0, 2.0, 3.0], (8, 1))
-        choice = solve(_cost(report, path), price, _total(report, path))
+        choice = solve(_cost(report, path, **exponents), price, _total(report, path))
         assert "".join(str(option + 1) for option in choice) == report["expert_bits"][path]
 
 

@@ -68,8 +68,9 @@ class MCMoEConfig(QuantizationConfigMixin):
         allocation: "pmq" (significance phi^alpha * w^beta * eps^gamma, arXiv 2410.06270) or a baseline: "uniform",
             "random", "frequency", "routing_weight", "f_norm", "hessian" (HAWQ), or "bsp" (whole layers at one of two
             expert_bits by their block score; needs budget="model").
-        alpha: exponent of the routing frequency phi.
-        beta: exponent of the routing weight w.
+        alpha: exponent of the routing frequency phi. 0 here, 1 in the paper: eps already sums over the tokens routed
+            to an expert, each with its routing weight (docs/quantization.md has what the factors cost).
+        beta: exponent of the routing weight w; 0 here, 1.5 in the paper.
         gamma: exponent of the error eps.
         eps: "final" measures errors with the quantizer that is used; "nearest" with plain rounding over the whole
             range, as the papers do.
@@ -111,8 +112,8 @@ class MCMoEConfig(QuantizationConfigMixin):
         group_size: int = 128,
         budget: str = "layer",
         allocation: str = "pmq",
-        alpha: float = 1.0,
-        beta: float = 1.5,
+        alpha: float = 0.0,
+        beta: float = 0.0,
         gamma: float = 2.0,
         eps: str = "final",
         at_least: Mapping[int, int] | None = None,
@@ -175,8 +176,8 @@ class MCMoEConfig(QuantizationConfigMixin):
         _check(self.preset in PRESETS, "preset", self.preset, f"one of {tuple(PRESETS)}")
         defaults = inspect.signature(MCMoEConfig.__init__).parameters
         for name, value in PRESETS[self.preset].items():
-            given = getattr(self, name)
-            if given != value and given != (defaults[name].default or {}):
+            given, default = getattr(self, name), defaults[name].default
+            if given != value and given != ({} if default is None else default):
                 raise ValueError(
                     f"preset={self.preset!r} sets {name}={value!r}, but {name}={given!r} is given; drop one."
                 )
