@@ -77,11 +77,12 @@ def test_every_routed_token_is_observed_once():
     model = tiny_model("qwen3_moe")
     path, experts = next(iter(find_experts(model).items()))
     seen = []
-    with experts.observe(lambda expert, x, weights: seen.append((expert, x, weights))):
+    with experts.observe(lambda *call: seen.append(call)):
         (hidden_states, index, weights), _ = _calls(model, path)
-    assert sum(len(x) for _, x, _ in seen) == index.numel()
-    for expert, x, w in seen:
+    assert sum(len(x) for _, x, _, _ in seen) == index.numel()
+    for expert, x, w, position in seen:
         token, slot = torch.where(index == expert)
+        assert torch.equal(position, token)
         assert torch.equal(x, hidden_states[token])
         assert torch.equal(w, weights[token, slot])
     assert not experts.module._forward_pre_hooks

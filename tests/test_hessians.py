@@ -54,7 +54,7 @@ def test_experts_of_one_layer():
     counted = ExpertHessians(experts, [1, 4])
     seen: dict[int, list[Tensor]] = {}
 
-    def record(expert: int, x: Tensor, weights: Tensor | None) -> None:
+    def record(expert: int, x: Tensor, weights: Tensor | None, position: Tensor | None) -> None:
         seen.setdefault(expert, []).append(x)
         counted.record(expert, x, weights)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_model
 from torch import Tensor
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralSparseMoeBlock
@@ -17,10 +18,12 @@ from transformers_mcmoe.calibration.statistics import (
     FEW_TOKENS,
     SAMPLE,
     ExpertInputs,
+    LayerTokens,
     RoutingStatistics,
+    Sample,
     output_errors,
 )
-from transformers_mcmoe.models.experts import FusedExperts
+from transformers_mcmoe.models.experts import FusedExperts, find_experts
 from transformers_mcmoe.quantization import quantize
 
 H = 8
@@ -267,3 +270,62 @@ class TestOutputError:
         change = experts.run(3, sample.x, replaced) - experts.run(3, sample.x)
         expected = 0.5 * float(change.square().sum(-1).mean().sqrt())
         assert output_error(experts, 3, sample, replaced) == pytest.approx(expected, rel=1e-5)
+
+
+class TestHeldOut:
+    def test_only_held_out_tokens_are_sampled_and_all_are_counted(self, tmp_path: Path):
+        inputs = ExpertInputs(2, tmp_path / "x", 0)
+        x, weights = _numbered(0, 400)
+        norms, sampled = torch.arange(400.0) + 1, torch.arange(400) % 8 == 7
+        for part in range(0, 400, 100):
+            rows = slice(part, part + 100)
+            inputs.record(0, x[rows], weights[rows], norms[rows], sampled[rows])
+        sample = inputs.sample(0)
+        assert torch.equal(sample.x, x[sampled])
+        assert torch.equal(sample.norm, norms[sampled])
+        assert sample.scale == 8.0
+        assert inputs.routing.tokens.tolist() == [400, 0]
+        assert float(inputs.routing.weight[0]) == pytest.approx(float(weights.double().sum()))
+
+    def test_too_few_of_them_are_starved(self, tmp_path: Path):
+        inputs = ExpertInputs(2, tmp_path / "x", 0)
+        for expert, few in ((0, 3), (1, 4)):
+            inputs.record(expert, *_numbered(0, 100), None, torch.arange(100) < few)
+        assert inputs.is_starved(0)
+        assert not inputs.is_starved(1)
+
+    @pytest.mark.parametrize(("total", "held"), [(16, [7, 15]), (8, [7]), (3, [2]), (2, [1])])
+    def test_every_eighth_sequence(self, total: int, held: list[int]):
+        layer, tokens, seen = torch.nn.Identity(), LayerTokens(), []
+        with tokens.observe(layer):
+            for start in range(0, total, 2):  # batches of two sequences of five tokens
+                batch = torch.randn(min(2, total - start), 5, H)
+                layer(batch)
+                position = torch.arange(len(batch) * 5)
+                mask = tokens.held_out(position, len(position), total)
+                seen += (start + position[mask] // 5).tolist()
+                assert torch.equal(tokens.norms(position), batch.norm(dim=-1).flatten())
+                copies = tokens.held_out(torch.cat((position, position + len(position))), 2 * len(position), total)
+                assert torch.equal(copies, mask.repeat(2))  # a block that hands every expert its own copy
+        assert seen == [sequence for sequence in held for _ in range(5)]
+
+    def test_one_sequence_is_not_split(self):
+        assert LayerTokens().held_out(None, 5, 1) is None
+
+    def test_unknown_positions_are_split_in_runs(self):
+        mask = LayerTokens().held_out(None, 256, 100)
+        assert mask.nonzero().flatten().tolist() == [*range(112, 128), *range(240, 256)]
+        assert LayerTokens().norms(None) is None
+
+
+@torch.no_grad()
+def test_relative_errors_weigh_a_token_by_what_it_enters(tmp_path: Path):
+    experts = find_experts(tiny_model("mixtral"))["model.layers.0.mlp.experts"]
+    x, weight = torch.randn(6, 64), torch.rand(6) + 0.5
+    norm = torch.tensor([0.0, 1.0, 2.0, 5.0, 10.0, 1e4])
+    matrices = {p.name: experts.matrix(2, p.name) * 0.9 for p in experts.projections}
+    own, change = experts.run(2, x), experts.run(2, x, matrices) - experts.run(2, x)
+    entered = (weight[:, None] * own).square().sum(-1) + norm.square()
+    expected = (3.0 * ((weight[:, None] * change).square().sum(-1) / entered).sum()).sqrt()
+    (error,) = output_errors(experts, 2, Sample(x, weight, norm, 3.0), [matrices], relative=True)
+    assert error == pytest.approx(float(expected), rel=1e-4)

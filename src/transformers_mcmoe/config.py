@@ -72,8 +72,8 @@ class MCMoEConfig(QuantizationConfigMixin):
             to an expert, each with its routing weight (docs/quantization.md has what the factors cost).
         beta: exponent of the routing weight w; 0 here, 1.5 in the paper.
         gamma: exponent of the error eps.
-        eps: "final" measures errors with the quantizer that is used; "nearest" with plain rounding over the whole
-            range, as the papers do.
+        eps: "final" measures errors with the quantizer that is used, on sequences kept from its Hessians, relative to
+            the hidden states; "nearest" with plain rounding over the whole range, absolute, as the papers do.
         at_least: width -> least number of experts of a layer that take it; {3: 1, 2: 1} is the papers' constraint.
         preset: "paper" sets what the text of arXiv 2410.06270 says: PMQ per layer with alpha 1, beta 1.5, gamma 2,
             errors of plain rounding, at least one 3-bit and one 2-bit expert a layer.
@@ -169,6 +169,11 @@ class MCMoEConfig(QuantizationConfigMixin):
         _refuse_reserved(reserved)
         self._apply_preset()
         self._validate()
+
+    @property
+    def relative_errors(self) -> bool:
+        """Whether eps is relative to the hidden states that a token's error enters; the papers' is absolute."""
+        return self.allocation == "pmq" and self.eps == "final"
 
     def _apply_preset(self) -> None:
         if self.preset is None:

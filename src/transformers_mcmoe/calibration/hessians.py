@@ -68,7 +68,7 @@ class ExpertHessians:
         sizes = {p.role: p.in_features for p in experts.projections}
         self.roles = {role: Hessian.zeros(len(self.which), size, device) for role, size in sizes.items()}
 
-    def record(self, expert: int, x: Tensor, weights: Tensor | None = None) -> None:
+    def record(self, expert: int, x: Tensor, weights: Tensor | None = None, position: Tensor | None = None) -> None:
         """Count tokens `x` [n, H] that are routed to an expert."""
         index = self._index.get(expert)
         if index is None or x.shape[0] == 0:

@@ -23,6 +23,9 @@ from transformers_mcmoe.models.experts import Experts
 SAMPLE = 1024
 # below this many routed tokens an expert is listed as starved
 FEW_TOKENS = 32
+# one sequence in so many is kept from the Hessians where errors of GPTQ are measured: on tokens that it was fitted to, the
+# error of an expert that saw few tokens looks up to 2.5 times too small
+HELD_OUT = 8
 
 
 @dataclass
@@ -53,11 +56,13 @@ class Sample:
     Attributes:
         x: [n, H] tokens.
         weight: [n] float32 routing weights.
+        norm: [n] float32, norm of the hidden state that the expert's output is added to; 0 where it is not known.
         scale: routed tokens per sampled token; squared errors are multiplied by it.
     """
 
     x: Tensor
     weight: Tensor
+    norm: Tensor
     scale: float
 
 
@@ -75,10 +80,34 @@ class ExpertInputs:
         self._path = path
         self._x: Tensor | None = None
         self._weight = torch.zeros(num_experts, SAMPLE)
+        self._norm = torch.zeros(num_experts, SAMPLE)
+        self._seen = torch.zeros(num_experts, dtype=torch.int64)  # tokens that the sample was drawn from
         self._random = torch.Generator().manual_seed(seed)
 
-    def record(self, expert: int, x: Tensor, weights: Tensor | None) -> None:
-        """Count tokens [n, H] of an expert and let them into the sample."""
+    def record(
+        self,
+        expert: int,
+        x: Tensor,
+        weights: Tensor | None,
+        norms: Tensor | None = None,
+        sampled: Tensor | None = None,
+    ) -> None:
+        """Count tokens [n, H] of an expert, and let them or those with `sampled` [n] bool into the sample.
+
+        `norms` [n] are those of their hidden states.
+        """
+        n = x.shape[0]
+        if n == 0:
+            return
+        weight = torch.ones(n) if weights is None else weights.detach().to("cpu", torch.float32)
+        self.routing.tokens[expert] += n
+        self.routing.weight[expert] += weight.to(torch.float64).sum()
+        norm = torch.zeros(n) if norms is None else norms.to("cpu", torch.float32)
+        if sampled is not None:
+            x, weight, norm = x[sampled], weight[sampled.cpu()], norm[sampled.cpu()]
+        self._sample(expert, x, weight, norm)
+
+    def _sample(self, expert: int, x: Tensor, weight: Tensor, norm: Tensor) -> None:
         n = x.shape[0]
         if n == 0:
             return
@@ -86,8 +115,7 @@ class ExpertInputs:
             shape = (*self._weight.shape, x.shape[1])
             size = torch.Size(shape).numel()
             self._x = torch.from_file(str(self._path), shared=True, size=size, dtype=x.dtype).view(shape)
-        weight = torch.ones(n) if weights is None else weights.detach().to("cpu", torch.float32)
-        order = torch.arange(n) + self.routing.tokens[expert]
+        order = torch.arange(n) + self._seen[expert]
         draw = (torch.rand(n, generator=self._random, dtype=torch.float64) * (order + 1)).long()
         slot = torch.where(order < SAMPLE, order, draw)
         # several tokens may draw one slot: the last of them stays
@@ -97,12 +125,12 @@ class ExpertInputs:
         kept = torch.nonzero(last >= 0).flatten()
         self._x[expert, kept] = x[last[kept].to(x.device)].cpu()
         self._weight[expert, kept] = weight[last[kept]]
-        self.routing.tokens[expert] += n
-        self.routing.weight[expert] += weight.to(torch.float64).sum()
+        self._norm[expert, kept] = norm[last[kept]]
+        self._seen[expert] += n
 
     def is_starved(self, expert: int) -> bool:
         """Whether too few tokens were routed to an expert to measure its errors on them."""
-        return int(self.routing.tokens[expert]) < FEW_TOKENS
+        return int(self.routing.tokens[expert]) < FEW_TOKENS or int(self._seen[expert]) < FEW_TOKENS // HELD_OUT
 
     def sample(self, expert: int) -> Sample:
         """Inputs to measure an expert on.
@@ -118,13 +146,60 @@ class ExpertInputs:
             raise ValueError("No calibration token reached any expert of this layer; use other calibration text.")
         count = int(tokens[expert])
         if not self.is_starved(expert):
-            n = min(count, SAMPLE)
-            return Sample(self._x[expert, :n], self._weight[expert, :n], count / n)
+            n = min(int(self._seen[expert]), SAMPLE)
+            return Sample(self._x[expert, :n], self._weight[expert, :n], self._norm[expert, :n], count / n)
         share = max(1, SAMPLE // (4 * len(tokens)))
-        parts = [self._x[e, : min(int(t), share)] for e, t in enumerate(tokens.tolist())]
-        x = torch.cat(parts)
+        counts = [min(n, share) for n in self._seen.tolist()]
+        x = torch.cat([self._x[e, :n] for e, n in enumerate(counts)])
+        norm = torch.cat([self._norm[e, :n] for e, n in enumerate(counts)])
         mean = float(self.routing.weight.sum() / tokens.sum())
-        return Sample(x, torch.full((len(x),), mean), max(count, 1) / len(x))
+        return Sample(x, torch.full((len(x),), mean), norm, max(count, 1) / len(x))
+
+
+class LayerTokens:
+    """What is known of the tokens of a decoder layer's latest call: their hidden states' norms, their sequences.
+
+    Tokens are asked for by their positions among the layer's tokens, or among several copies of them.
+    """
+
+    def __init__(self) -> None:
+        self._norms: Tensor | None = None
+        self._sequences = self._first = self._next = 0
+
+    @contextmanager
+    def observe(self, layer: nn.Module) -> Iterator[None]:
+        """While open, every call of the layer is looked at; its first argument is [.., H]."""
+        self._next = 0
+
+        def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+            self._norms = x.detach().to(torch.float32).norm(dim=-1).flatten()
+            self._sequences = x.shape[0] if x.dim() > 2 else 1
+            self._first, self._next = self._next, self._next + self._sequences
+
+        with layer.register_forward_pre_hook(measure, with_kwargs=True):
+            yield
+
+    def norms(self, position: Tensor | None) -> Tensor | None:
+        """Norms [n] of the hidden states; None where positions are not known."""
+        if position is None or self._norms is None:
+            return None
+        return self._norms[position % len(self._norms)]
+
+    def held_out(self, position: Tensor | None, n: int, total: int) -> Tensor | None:
+        """[n] bool, tokens of every HELD_OUT-th of `total` sequences; of every other one where there are few.
+
+        None where there is a single sequence. Where positions are not known, runs of 16 tokens count as sequences.
+        """
+        step = min(HELD_OUT, total)
+        if step < 2:
+            return None
+        if position is None or self._norms is None:
+            sequence = torch.arange(n) // 16
+        else:
+            length = len(self._norms) // self._sequences
+            sequence = self._first + position % len(self._norms) // length
+        return sequence % step == step - 1
 
 
 @dataclass
@@ -160,7 +235,7 @@ class BlockChange:
 
 
 def output_errors(
-    experts: Experts, expert: int, sample: Sample, candidates: Iterable[Mapping[str, Tensor]]
+    experts: Experts, expert: int, sample: Sample, candidates: Iterable[Mapping[str, Tensor]], relative: bool = False
 ) -> list[float]:
     """Frobenius norm of the change in the MoE block's output when one expert's matrices are replaced.
 
@@ -172,6 +247,9 @@ def output_errors(
         expert: which one.
         sample: its inputs.
         candidates: replacements, each [out, in] float32 per projection; read one at a time.
+        relative: divide a token's change by the norm of what it enters, the hidden state and the expert's own output
+            taken as orthogonal. The next norm layer divides by it, too, so that a few tokens of huge norm (attention
+            sinks) do not decide alone, and errors of different layers compare.
 
     Returns:
         One norm per candidate.
@@ -179,10 +257,16 @@ def output_errors(
     device = experts.matrix(expert, experts.projections[0].name).device
     x, weight = sample.x.to(device, torch.float32), sample.weight.to(device, torch.float64)
     dense = experts.run(expert, x)
+    if relative:
+        own = dense.square().sum(-1).to(torch.float64) * weight.square()
+        entered = own + sample.norm.to(device, torch.float64).square()
+        factor = weight.square() / entered.clamp(min=1e-30)
+    else:
+        factor = weight.square()
     errors = []
     for matrices in candidates:
         change = experts.run(expert, x, {name: matrix.to(device) for name, matrix in matrices.items()}).sub_(dense)
-        squared = change.square().sum(-1).to(torch.float64) * weight.square()
+        squared = change.square().sum(-1).to(torch.float64) * factor
         errors.append(float((squared.sum() * sample.scale).sqrt()))
     return errors
 

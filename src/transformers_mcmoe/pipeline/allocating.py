@@ -69,14 +69,15 @@ class Allocator:
 
         Args:
             results: measurements by path.
-            norms: by path, the norm of the hidden states that the layer's errors are added to; errors of different
-                layers compare relative to it.
+            norms: by path, the norm of the hidden states that the layer's errors are added to; errors that are not
+                relative already compare relative to it.
         """
         paths = list(results)
         group = np.concatenate(
             [np.full(self._structure.experts[path].num_experts, self._index[path]) for path in paths]
         )
-        cost = np.concatenate([self._cost(path, results[path], 1 / max(norms[path], 1e-30)) for path in paths])
+        scale = {path: 1.0 if self._config.relative_errors else 1 / max(norms[path], 1e-30) for path in paths}
+        cost = np.concatenate([self._cost(path, results[path], scale[path]) for path in paths])
         price = np.concatenate([self._price(path) for path in paths])
         choice = solve(cost, price, self._budget(), group=group, at_least=self._at_least())
         return {path: ExpertWidths.of(self._bits[choice[group == self._index[path]]]) for path in paths}

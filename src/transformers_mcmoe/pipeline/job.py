@@ -16,7 +16,13 @@ from typing import Any
 from torch import Tensor
 
 from transformers_mcmoe.calibration.hessians import ExpertHessians
-from transformers_mcmoe.calibration.statistics import BlockChange, ExpertInputs, hessian_error, output_errors
+from transformers_mcmoe.calibration.statistics import (
+    BlockChange,
+    ExpertInputs,
+    LayerTokens,
+    hessian_error,
+    output_errors,
+)
 from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.memory import return_free_memory
 from transformers_mcmoe.models.stream import LayerRunner
@@ -187,7 +193,8 @@ class Job:
     def _measure(self, i: int, path: str) -> dict[tuple[int, int], Packed]:
         """Errors of every width of every expert of a module.
 
-        Returns the packed matrices they were measured with, by expert and width, unless those are not the final ones.
+        Returns the packed matrices they were measured with, by expert and width, unless those are not the final ones:
+        those of GPTQ did not see the sequences that errors are measured on.
         """
         config, experts = self._config, self._structure.experts[path]
         candidates: dict[tuple[int, int], Packed] = {}
@@ -195,7 +202,8 @@ class Job:
         final = config.eps == "final"
         feedback = final and config.rounding == "gptq"
         traced = config.allocation == "hessian"
-        for which, hessians, inputs in self._passes(i, path, list(range(experts.num_experts)), feedback or traced):
+        every = list(range(experts.num_experts))
+        for which, hessians, inputs in self._passes(i, path, every, feedback or traced, held_out=feedback):
             traces = {role: h.traces().tolist() for role, h in hessians.roles.items()} if hessians and traced else None
             grid = None if final else PLAIN
             rounder = ExpertRounder(experts, which, hessians if feedback else None, config, grid)
@@ -207,7 +215,7 @@ class Job:
                 weights = None if traces is None else {role: trace[n] for role, trace in traces.items()}
                 self._errors(path, expert, own, inputs, weights)
                 self._meter.expert_done(expert, experts.num_experts)
-                if final:
+                if final and not feedback:
                     candidates |= {(expert, bits): matrices for bits, matrices in own.items()}
         return candidates
 
@@ -231,7 +239,7 @@ class Job:
                     distances.append(hessian_error(experts, expert, rebuilt, traces))
                 yield rebuilt
 
-        errors = output_errors(experts, expert, inputs.sample(expert), rebuilt())
+        errors = output_errors(experts, expert, inputs.sample(expert), rebuilt(), self._config.relative_errors)
         for bits, error in zip(packed, errors, strict=True):
             result.errors[bits].append(error)
         for bits, distance in zip(packed, distances, strict=False):
@@ -259,21 +267,21 @@ class Job:
         return packed
 
     def _passes(
-        self, i: int, path: str, which: list[int], counting: bool
+        self, i: int, path: str, which: list[int], counting: bool, held_out: bool = False
     ) -> Iterator[tuple[list[int], ExpertHessians | None, ExpertInputs]]:
         """Runs of experts, with their Hessians if these are asked for, and the samples of all experts' inputs.
 
-        The first pass over the tokens counts routing, too; each further run of experts costs one more pass.
+        The first pass over the tokens counts routing, too; each further run of experts costs one more pass. With
+        `held_out`, some sequences are kept from the Hessians, and the samples are drawn from those alone.
         """
         experts = self._structure.experts[path]
         inputs: ExpertInputs | None = None
         for run in chunks(experts, which, self._limit) if counting else [which]:
             counted = ExpertHessians(experts, run) if counting else None
             if inputs is None:
-                inputs = self._observe(i, path, counted)
+                inputs = self._observe(i, path, counted, held_out)
             elif counted is not None:
-                with experts.idle(), experts.observe(counted.record):
-                    self._runner.replay(i)
+                self._watch(i, path, counted, None, held_out)
             if counted is not None:
                 for expert in (expert for expert in run if inputs.is_starved(expert)):
                     counted.clear(expert)
@@ -282,18 +290,28 @@ class Job:
             del counted
             return_free_memory()
 
-    def _observe(self, i: int, path: str, hessians: ExpertHessians | None) -> ExpertInputs:
+    def _watch(
+        self, i: int, path: str, hessians: ExpertHessians | None, inputs: ExpertInputs | None, held_out: bool
+    ) -> None:
+        """Run layer i with idle experts and record what reaches them."""
+        experts, tokens = self._structure.experts[path], LayerTokens()
+
+        def record(expert: int, x: Tensor, weights: Tensor | None, position: Tensor | None) -> None:
+            held = tokens.held_out(position, x.shape[0], self._runner.sequences) if held_out else None
+            if inputs is not None:
+                inputs.record(expert, x, weights, tokens.norms(position), held)
+            if hessians is not None:
+                hessians.record(expert, x if held is None else x[~held])
+
+        layer = self._structure.model.get_submodule(self._runner.layers[i])
+        with experts.idle(), experts.observe(record), tokens.observe(layer):
+            self._runner.replay(i)
+
+    def _observe(self, i: int, path: str, hessians: ExpertHessians | None, held_out: bool = False) -> ExpertInputs:
         """Run layer i with idle experts; count and sample what reaches them."""
         experts, result = self._structure.experts[path], self.layers[path]
         inputs = ExpertInputs(experts.num_experts, self._work.path / "expert_inputs.bin", self._config.seed)
-
-        def record(expert: int, x: Tensor, weights: Tensor | None) -> None:
-            inputs.record(expert, x, weights)
-            if hessians is not None:
-                hessians.record(expert, x)
-
-        with experts.idle(), experts.observe(record):
-            self._runner.replay(i)
+        self._watch(i, path, hessians, inputs, held_out)
         if int(inputs.routing.tokens.sum()) == 0:
             raise ValueError(f"No calibration token reached the experts of '{path}'; use other calibration data.")
         known = result.routing is not None

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# called with (expert, its tokens [n, H], their routing weights [n] or None where the block applies them outside)
-Record = Callable[[int, Tensor, Tensor | None], None]
+# called with (expert, its tokens [n, H], their routing weights [n] or None where the block applies them outside, their
+# positions [n] among the tokens that the module was called with or None where a child is called with its own only)
+Record = Callable[[int, Tensor, Tensor | None, Tensor | None], None]
 # rows of a half-precision matrix product on CPU, see `Experts.in_blocks`
 BLOCK = 128
 

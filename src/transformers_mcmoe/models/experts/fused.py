@@ -121,7 +121,7 @@ class FusedExperts(Experts):
             for expert in index.unique().tolist():
                 if expert < self.num_experts:
                     token, slot = torch.where(index == expert)
-                    record(expert, x[token], weights[token, slot])
+                    record(expert, x[token], weights[token, slot], token)
 
         with self.module.register_forward_pre_hook(hook):
             yield

@@ -79,7 +79,7 @@ class ListExperts(Experts):
     @contextmanager
     def observe(self, record: Record) -> Iterator[None]:
         def hook(expert: int) -> Any:
-            return lambda module, args: record(expert, args[0].reshape(-1, args[0].shape[-1]), None)
+            return lambda module, args: record(expert, args[0].reshape(-1, args[0].shape[-1]), None, None)
 
         with ExitStack() as stack:
             for expert, child in enumerate(self.children):

@@ -19,7 +19,7 @@ class LoadedRunner(LayerRunner):
     recomputes = True
 
     def __init__(self, weights: Weights, layers: list[str], tokens: Tensor, batch: int, reason: str) -> None:
-        self.weights, self.layers, self.reason = weights, layers, reason
+        self.weights, self.layers, self.reason, self.sequences = weights, layers, reason, len(tokens)
         self._tokens = [tokens[start : start + batch] for start in range(0, len(tokens), batch)]
         weights.load(list(weights.slices), weights.model)
         weights.tie()

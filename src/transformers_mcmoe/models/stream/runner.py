@@ -25,12 +25,14 @@ class LayerRunner(ABC):
     Attributes:
         weights: the model and its checkpoint.
         layers: paths of the decoder layers, in the order of execution.
+        sequences: calibration sequences.
         reason: why the whole model is held in memory, or None.
         recomputes: every run starts from the tokens, so that `advance` is not needed between layers.
     """
 
     weights: Weights
     layers: list[str]
+    sequences: int
     reason: str | None = None
     recomputes = False
 

@@ -44,7 +44,7 @@ class LayerStream(LayerRunner):
     """
 
     def __init__(self, weights: Weights, layers: list[str], tokens: Tensor, work_dir: Path, batch: int) -> None:
-        self.weights, self.layers = weights, layers
+        self.weights, self.layers, self.sequences = weights, layers, len(tokens)
         self._modules = [weights.model.get_submodule(path) for path in layers]
         self._keys = self._group_keys()
         self._batches = [slice(start, start + batch) for start in range(0, len(tokens), batch)]
