@@ -302,20 +302,22 @@ class TestHeldOut:
                 batch = torch.randn(min(2, total - start), 5, H)
                 layer(batch)
                 position = torch.arange(len(batch) * 5)
-                mask = tokens.held_out(position, len(position), total)
+                mask = tokens.held_out(0, position, len(position), total)
                 seen += (start + position[mask] // 5).tolist()
                 assert torch.equal(tokens.norms(position), batch.norm(dim=-1).flatten())
-                copies = tokens.held_out(torch.cat((position, position + len(position))), 2 * len(position), total)
+                copies = tokens.held_out(1, torch.cat((position, position + len(position))), 2 * len(position), total)
                 assert torch.equal(copies, mask.repeat(2))  # a block that hands every expert its own copy
         assert seen == [sequence for sequence in held for _ in range(5)]
 
     def test_one_sequence_is_not_split(self):
-        assert LayerTokens().held_out(None, 5, 1) is None
+        assert LayerTokens().held_out(0, None, 5, 1) is None
 
     def test_unknown_positions_are_split_in_runs(self):
-        mask = LayerTokens().held_out(None, 256, 100)
-        assert mask.nonzero().flatten().tolist() == [*range(112, 128), *range(240, 256)]
-        assert LayerTokens().norms(None) is None
+        tokens = LayerTokens()
+        masks = [tokens.held_out(3, None, n, 100) for n in (30, 1, 33)]
+        assert tokens.held_out(4, None, 8, 100).sum() == 0  # every expert is counted apart
+        assert torch.cat(masks).nonzero().flatten().tolist() == [28, 29, 30, 31, 60, 61, 62, 63]
+        assert tokens.norms(None) is None
 
 
 @torch.no_grad()

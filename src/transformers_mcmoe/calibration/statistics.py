@@ -165,11 +165,13 @@ class LayerTokens:
     def __init__(self) -> None:
         self._norms: Tensor | None = None
         self._sequences = self._first = self._next = 0
+        self._counts: dict[int, int] = {}
 
     @contextmanager
     def observe(self, layer: nn.Module) -> Iterator[None]:
         """While open, every call of the layer is looked at; its first argument is [.., H]."""
         self._next = 0
+        self._counts.clear()
 
         def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
@@ -186,16 +188,19 @@ class LayerTokens:
             return None
         return self._norms[position % len(self._norms)]
 
-    def held_out(self, position: Tensor | None, n: int, total: int) -> Tensor | None:
-        """[n] bool, tokens of every HELD_OUT-th of `total` sequences; of every other one where there are few.
+    def held_out(self, expert: int, position: Tensor | None, n: int, total: int) -> Tensor | None:
+        """[n] bool, the next tokens of an expert that are of every HELD_OUT-th of `total` sequences.
 
-        None where there is a single sequence. Where positions are not known, runs of 16 tokens count as sequences.
+        Of the last one where there are fewer; None where there is a single one. Where positions are not known, each
+        four tokens of the expert count as a sequence.
         """
         step = min(HELD_OUT, total)
         if step < 2:
             return None
         if position is None or self._norms is None:
-            sequence = torch.arange(n) // 16
+            start = self._counts.get(expert, 0)
+            self._counts[expert] = start + n
+            sequence = torch.arange(start, start + n) // 4
         else:
             length = len(self._norms) // self._sequences
             sequence = self._first + position % len(self._norms) // length

@@ -297,7 +297,7 @@ class Job:
         experts, tokens = self._structure.experts[path], LayerTokens()
 
         def record(expert: int, x: Tensor, weights: Tensor | None, position: Tensor | None) -> None:
-            held = tokens.held_out(position, x.shape[0], self._runner.sequences) if held_out else None
+            held = tokens.held_out(expert, position, x.shape[0], self._runner.sequences) if held_out else None
             if inputs is not None:
                 inputs.record(expert, x, weights, tokens.norms(position), held)
             if hessians is not None:
