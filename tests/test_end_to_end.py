@@ -68,4 +68,40 @@ def test_bfloat16(family, tmp_path):
     reloaded = load_class(tmp_path / "packed").from_pretrained(tmp_path / "packed", dtype="auto")
     assert reloaded.dtype == torch.bfloat16
     assert torch.equal(reloaded(ids).logits, logits)
-    assert relative_rms(logits, reloaded.dequantize()(ids).logits) <= 1.5e-2
+    exact = load_class(tmp_path / "packed").from_pretrained(tmp_path / "packed", dtype=torch.float32)(ids).logits
+    dequantized = reloaded.dequantize()(ids).logits
+    # rounding can turn a token's routing in either; the packed model rounds less, as its weights stay in fp32
+    assert relative_rms(logits, exact) <= max(1.2 * relative_rms(dequantized, exact), 1.5e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
+def test_compile_and_export(family, tmp_path):
+    """In one graph, before any eager call has repacked anything."""
+    model = compressed(save_dense(family, tmp_path / "dense")).eval()
+    assert model.hf_quantizer.is_compileable
+    ids = tokens(2, 9, seed=1)
+    exported = torch.export.export(model, (ids,), {"use_cache": False}, strict=False)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, use_cache=False).logits
+    logits = model(ids, use_cache=False).logits
+    assert torch.equal(compiled, logits)
+    assert relative_rms(exported.module()(ids, use_cache=False).logits, logits) <= 1e-5
+
+
+def test_special_experts_are_not_one_operator(tmp_path):
+    model = compressed(save_dense("gpt_oss", tmp_path / "dense"))
+    assert not model.hf_quantizer.is_compileable
+
+
+def test_training_step(tmp_path):
+    """Gradients reach the embeddings through packed experts, and equal those of the dense copy."""
+    model = compressed(save_dense("mixtral", tmp_path / "dense"))
+    ids = tokens(2, 12, seed=1)
+
+    def gradient(model) -> torch.Tensor:
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return model.get_input_embeddings().weight.grad.clone()
+
+    packed = gradient(model)
+    assert relative_rms(packed, gradient(model.dequantize())) <= 1e-5

@@ -64,6 +64,7 @@ def test_public_names():
         "PackedLinear",
         "Plan",
         "__version__",
+        "backend_info",
         "compression_report",
     ]
     assert all(hasattr(transformers_mcmoe, name) for name in transformers_mcmoe.__all__)

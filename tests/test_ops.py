@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.ops.mcmoe.packed_linear against dense linear layers: values, gradients, fakes and opcheck."""
+"""torch.ops.mcmoe.* against dense layers: values, gradients, fakes and opcheck."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from transformers_mcmoe.kernels import ops  # noqa: F401
+from transformers_mcmoe.kernels import cpu, ops, reference  # noqa: F401
 from transformers_mcmoe.quantization import WIDTHS, dequantize, pack, quantize
 
 OUT = 24
@@ -42,7 +44,9 @@ def test_equals_dense(bits: int, in_features: int, with_bias: bool, dtype: torch
         if y.numel():
             exact = functional.linear(x.double(), dense.double(), bias.double() if with_bias else None)
             assert relative_rms(y, exact) <= TOLERANCE[dtype]
-        assert torch.equal(y, functional.linear(x, dense, bias))
+        assert torch.equal(
+            reference.packed_linear(x, qweight, bias, bits, in_features), functional.linear(x, dense, bias)
+        )
 
 
 def test_one_dimension():
@@ -146,3 +150,78 @@ def test_wrong_columns_raise():
         torch.ops.mcmoe.packed_linear(_random(5, 191), _matrix(3, 192), None, 3, 192)
     with pytest.raises(RuntimeError, match="x has 191 columns, the matrix has 192"):
         torch.ops.mcmoe.packed_linear(torch.empty(5, 191, device="meta"), _matrix(3, 192).to("meta"), None, 3, 192)
+
+
+def _layer(gated: bool = True, low_rank: bool = False) -> tuple:
+    """Arguments of moe_mlp behind weights: matrices, table, no blocks, factors; expert 1 of 4 was dropped."""
+    hidden, inner, widths = 64, 48, (2, 0, 3, 1)
+    sizes = [(inner, hidden)] * (2 if gated else 1) + [(hidden, inner)]
+    qweights, a, b = [], [], []
+    for expert, bits in enumerate(widths):
+        for n, (rows, columns) in enumerate(sizes if bits else []):
+            weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(10 * expert + n)) / 8
+            qweights.append(pack(quantize(weight, bits, 32)))
+            a.append(_random(3, columns, seed=expert + n) / 8 if n != 1 else torch.empty(0))
+            b.append(_random(rows, 3, seed=expert + n + 5) / 8 if n != 1 else torch.empty(0))
+    table, _ = cpu.layout(sizes, widths, widths, 32)
+    return qweights, table, None, *((a, b) if low_rank else ([], [])), inner, "silu", gated
+
+
+def _dense_layer(x: Tensor, index: Tensor, weights: Tensor, layer: tuple) -> Tensor:
+    """The same by a loop over tokens and slots."""
+    qweights, table, _, a, b, inner, _, gated = layer
+    step = 3 if gated else 2
+    out = torch.zeros_like(x)
+    for t, k in itertools.product(range(x.shape[0]), range(index.shape[1])):
+        expert = int(index[t, k])
+        if expert in (0, 2, 3):
+            start = {0: 0, 2: step, 3: 2 * step}[expert]
+            columns = [64] * (step - 1) + [inner]
+            dense = [
+                dequantize(qweights[start + n], int(table[expert, 0, 1]), columns[n], x.dtype) for n in range(step)
+            ]
+            for n in range(step):
+                if a and a[start + n].numel():
+                    dense[n] = dense[n] + b[start + n].to(x.dtype) @ a[start + n].to(x.dtype)
+            h = functional.silu(dense[0] @ x[t]) * (dense[1] @ x[t]) if gated else functional.silu(dense[0] @ x[t])
+            out[t] += weights[t, k] * (dense[-1] @ h)
+    return out
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_layer_equals_a_loop(gated: bool, low_rank: bool):
+    layer = _layer(gated, low_rank)
+    x, weights = _random(9, 64), _random(9, 3, seed=1)
+    index = torch.randint(0, 6, (9, 3), generator=torch.Generator().manual_seed(0))  # 1: dropped; 4, 5: nobody
+    expected = _dense_layer(x.double(), index, weights.double(), layer)
+    for dtype, bound in ((torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
+        y = torch.ops.mcmoe.moe_mlp(x.to(dtype), index, weights.to(dtype), *layer)
+        assert y.dtype == dtype
+        assert relative_rms(y, expected) <= bound
+    assert torch.ops.mcmoe.moe_mlp(x[:0], index[:0], weights[:0], *layer).shape == (0, 64)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_layer_gradients(gated: bool):
+    layer = _layer(gated, low_rank=True)
+    index = torch.tensor([[0, 2], [1, 3], [4, 0], [2, 2]])
+    x, weights = (_random(4, n, seed=n).double().requires_grad_() for n in (64, 2))
+    # sums are float64 for float64 inputs, so that finite differences see no rounding
+    assert torch.autograd.gradcheck(lambda x, w: torch.ops.mcmoe.moe_mlp(x, index, w, *layer), (x, weights), atol=1e-5)
+
+
+def test_layer_without_matrices_has_no_gradient():
+    _, table, _, *rest = _layer()
+    x = _random(2, 64).requires_grad_()
+    y = torch.ops.mcmoe.moe_mlp(x, torch.full((2, 1), 9), torch.ones(2, 1), [], table, None, *rest)
+    with pytest.raises(RuntimeError, match="without qweights"):
+        y.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_layer_opcheck():
+    layer = _layer()
+    x, weights = _random(5, 64).requires_grad_(), _random(5, 2, seed=1).requires_grad_()
+    index = torch.randint(0, 5, (5, 2), generator=torch.Generator().manual_seed(0))
+    torch.library.opcheck(torch.ops.mcmoe.moe_mlp.default, (x, index, weights, *layer))

@@ -120,14 +120,16 @@ class TestPackedLinear:
     def test_forward(self, bits: int, shape: tuple[int, ...], bias: torch.dtype | None):
         linear = self._linear(bits, bias=bias)
         x = torch.randn(*shape, 100)
-        expected = functional.linear(x, linear.dequantize(torch.float32), linear.bias)
-        assert torch.equal(linear(x), expected)
+        y, expected = linear(x), functional.linear(x, linear.dequantize(torch.float32), linear.bias)
+        assert y.shape == expected.shape
+        assert not y.numel() or relative_rms(y, expected) <= 1e-6
 
     def test_dtype_follows_the_input(self):
         linear = self._linear(4, bias=torch.float32)
         x = torch.randn(5, 100, dtype=torch.bfloat16)
         expected = functional.linear(x, linear.dequantize(torch.bfloat16), torch.arange(24.0).bfloat16())
-        assert torch.equal(linear(x), expected)
+        assert linear(x).dtype == torch.bfloat16
+        assert relative_rms(linear(x), expected) <= 5e-3
 
     @pytest.mark.parametrize("bias", [None, torch.float32])
     def test_no_bits_give_zeros(self, bias: torch.dtype | None):
@@ -293,7 +295,7 @@ class TestPackedExperts:
             other = copy.deepcopy(packed)
             assert torch.equal(other(x, index, weights), before)
             for parameter in other.parameters():
-                parameter.data.zero_()
+                parameter.zero_()
             assert (other(x, index, weights) == 0).all()
             other.restore(torch.float32)
             assert torch.equal(packed(x, index, weights), before)

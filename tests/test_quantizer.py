@@ -141,7 +141,8 @@ def test_disk_offload(family, tmp_path):
     experts = model.model.layers[1].mlp.experts if family != "granitemoe" else None
     if experts is not None:
         assert all(p.is_meta for p in experts.parameters() if p.numel())
-    assert torch.equal(model(IDS).logits, plain(IDS).logits)
+    # offloaded experts run matrix by matrix, the others in one operator
+    assert relative_rms(model(IDS).logits, plain(IDS).logits) <= 1e-6
     model.save_pretrained(tmp_path / "saved")
     again = _load(tmp_path / "saved")
     assert torch.equal(again(IDS).logits, plain(IDS).logits)

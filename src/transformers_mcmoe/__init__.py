@@ -6,6 +6,7 @@ Importing this package registers the quantization method "mcmoe" with transforme
 """
 
 from transformers_mcmoe.config import MCMoEConfig
+from transformers_mcmoe.kernels import backend_info
 from transformers_mcmoe.nn import PackedExperts, PackedLinear
 from transformers_mcmoe.plan import Plan
 from transformers_mcmoe.quantizer import MCMoEHfQuantizer
@@ -19,5 +20,6 @@ __all__ = [
     "PackedLinear",
     "Plan",
     "__version__",
+    "backend_info",
     "compression_report",
 ]

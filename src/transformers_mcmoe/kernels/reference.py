@@ -6,10 +6,24 @@ Every faster backend is tested against this file. It knows nothing of dispatch o
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from transformers_mcmoe.quantization.packing import dequantize
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+    "relu2": lambda x: functional.relu(x).square(),
+}
+# one expert's matrices as functions of their input: gate (None where there is none), up, down
+Apply = Callable[[Tensor], Tensor]
+Projections = tuple[Apply | None, Apply, Apply]
 
 
 def packed_linear(x: Tensor, qweight: Tensor, bias: Tensor | None, bits: int, in_features: int) -> Tensor:
@@ -20,3 +34,104 @@ def packed_linear(x: Tensor, qweight: Tensor, bias: Tensor | None, bits: int, in
 def packed_linear_input_gradient(gradient: Tensor, qweight: Tensor, bits: int, in_features: int) -> Tensor:
     """`gradient @ W` [.., in], the gradient of `packed_linear` with respect to `x`."""
     return gradient @ dequantize(qweight, bits, in_features, gradient.dtype)
+
+
+def moe_mlp(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    qweights: Sequence[Tensor],
+    layout: Tensor,
+    low_rank: tuple[Sequence[Tensor], Sequence[Tensor]],
+    inner: int,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """Combined output [T, H] of a MoE layer (`ops.moe_mlp`): summed in fp32 or wider over the experts, lowest id first."""
+    output = torch.zeros(x.shape, dtype=_sum_dtype(x), device=x.device)
+    for token, slot, expert in _routed(x, index, qweights, layout, low_rank, inner, gated):
+        y = _expert(x[token], expert, activation)
+        output = output.index_add(0, token, (y * weights[token, slot, None]).to(output.dtype))
+    return output.to(x.dtype)
+
+
+def moe_mlp_gradients(
+    gradient: Tensor,
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    qweights: Sequence[Tensor],
+    layout: Tensor,
+    low_rank: tuple[Sequence[Tensor], Sequence[Tensor]],
+    inner: int,
+    activation: str,
+    gated: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `moe_mlp` with respect to `x` [T, H] and `weights` [T, K]; one expert is unpacked at a time."""
+    dx = torch.zeros(x.shape, dtype=_sum_dtype(x), device=x.device)
+    dweights = torch.zeros_like(weights)
+    for token, slot, expert in _routed(x, index, qweights, layout, low_rank, inner, gated):
+        with torch.enable_grad():
+            own = x[token].detach().requires_grad_()
+            y = _expert(own, expert, activation)
+        dy = gradient[token]
+        scale = weights[token, slot, None]
+        (down,) = torch.autograd.grad(y, own, (dy * scale).to(y.dtype))
+        dx = dx.index_add(0, token, down.to(dx.dtype))
+        share = (y.detach().to(dx.dtype) * dy.to(dx.dtype)).sum(-1)
+        dweights = dweights.index_put((token, slot), share.to(dweights.dtype), accumulate=True)
+    return dx.to(x.dtype), dweights
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _expert(x: Tensor, projections: Projections, activation: str) -> Tensor:
+    gate, up, down = projections
+    act = ACTIVATIONS[activation]
+    return down(act(gate(x)) * up(x) if gate is not None else act(up(x)))
+
+
+def _routed(
+    x: Tensor,
+    index: Tensor,
+    qweights: Sequence[Tensor],
+    layout: Tensor,
+    low_rank: tuple[Sequence[Tensor], Sequence[Tensor]],
+    inner: int,
+    gated: bool,
+) -> Iterator[tuple[Tensor, Tensor, Projections]]:
+    """Tokens, slots and matrices of every expert that some token is routed to, lowest id first."""
+    hidden, kinds = x.shape[-1], (0, 0, 1) if gated else (0, 1)
+    columns = (hidden, hidden, inner) if gated else (hidden, inner)
+    rows, starts, at = layout.tolist(), {}, 0
+    for expert, parts in enumerate(rows):
+        if parts[0][0] >= 0:
+            starts[expert] = at
+            at += len(kinds)
+    for expert in index.unique().tolist():
+        if expert not in starts:
+            continue
+        start = starts[expert]
+        applied = [
+            _matrix(qweights[start + n], rows[expert][kind][1], columns[n], low_rank, start + n)
+            for n, kind in enumerate(kinds)
+        ]
+        token, slot = torch.where(index == expert)
+        yield token, slot, (applied[0] if gated else None, applied[-2], applied[-1])
+
+
+def _matrix(
+    qweight: Tensor, bits: int, in_features: int, low_rank: tuple[Sequence[Tensor], Sequence[Tensor]], n: int
+) -> Apply:
+    def apply(x: Tensor) -> Tensor:
+        parts = []
+        if bits:
+            parts.append(functional.linear(x, dequantize(qweight, bits, in_features, x.dtype)))
+        if low_rank[0] and low_rank[0][n].numel():
+            a, b = (factors[n].to(x.dtype) for factors in low_rank)
+            parts.append(functional.linear(functional.linear(x, a), b))
+        return sum(parts[1:], parts[0])
+
+    return apply

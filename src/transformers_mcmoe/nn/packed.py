@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from transformers_mcmoe.kernels import ops
+from transformers_mcmoe.kernels import cpu, ops
 from transformers_mcmoe.models.experts import FusedExperts
 from transformers_mcmoe.plan import ExpertWidths
 from transformers_mcmoe.quantization.packing import dequantize, packed_shape
@@ -58,13 +59,24 @@ class PackedLinear(nn.Module):
         else:
             self.register_parameter("bias", None)
         self._is_hf_initialized = True  # transformers must not initialise packed bytes
+        self._blocks: Tensor | None = None
+        self._stamp: tuple[int, ...] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., in_features] -> [.., out_features], in the dtype of `x`."""
         if self.weight is None:
             return x.new_zeros(*x.shape[:-1], self.out_features)
         bias = self.bias.to(x.dtype) if self.bias is not None else None
-        return ops.packed_linear(x, self.weight, bias, self.bits, self.in_features)
+        self._repack()
+        return ops.packed_linear(x, self.weight, bias, self.bits, self.in_features, self._blocks)
+
+    @torch.compiler.assume_constant_result  # runs while torch.compile traces, too
+    def _repack(self) -> None:
+        """Make `_blocks`, the matrix in the layout of this machine's kernels, at first use and when it has changed."""
+        stamp = None if _is_offloaded(self) else _stamp(self)
+        if stamp != self._stamp:
+            self._stamp = stamp
+            self._blocks = None if stamp is None else cpu.pack_matrix(self.weight, self.bits)  # type: ignore[arg-type]
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The dense matrix [out, in]; zeros at 0 bits."""
@@ -117,6 +129,11 @@ class PackedExperts(nn.Module):
                 self.add_module(name, child)
         self._experts = experts
         self._is_hf_initialized = True
+        self._activation = experts.plain_activation()
+        sizes = [(p.out_features, p.in_features) for p in experts.projections]
+        self._layout, self._arena_bytes = cpu.layout(sizes, widths.gate_up, widths.down, group_size)
+        self._blocks: Tensor | None = None
+        self._stamp: tuple[int, ...] | None = None
 
     def _expert(
         self, experts: FusedExperts, expert: int, group_size: int, device: torch.device | str | None
@@ -162,7 +179,47 @@ class PackedExperts(nn.Module):
         if kwargs:  # families name the routing tensors differently
             signature = inspect.signature(type(self._experts.module).forward)
             args = signature.bind(self, hidden_states, *args, **kwargs).args[2:]
-        return self._experts.dispatch(hidden_states, *args, run=self._run)
+        if self._activation is None or not self._repack():
+            return self._experts.dispatch(hidden_states, *args, run=self._run)
+        x, index, weights = self._experts.route(hidden_states, *args)
+        graded = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
+        # gathering hundreds of tensors can take longer than the layer
+        needed = graded or self._blocks is None or not cpu.takes(x)
+        qweights = [matrix for matrices in self._matrices() for matrix in matrices] if needed else []
+        inner = self._experts.projections[-1].in_features
+        output = ops.moe_mlp(
+            x, index, weights, qweights, self._layout, self._blocks, [], [], inner, self._activation,
+            self._experts.has_gate,
+        )  # fmt: skip
+        return self._experts.finish(output, hidden_states)
+
+    def _matrices(self) -> list[list[Tensor]]:
+        """The packed matrices of each expert, none for one that was dropped."""
+        names = [projection.name for projection in self._experts.projections]
+        return [
+            [self.linear(expert, name).weight for name in names] if bits else []  # type: ignore[misc]
+            for expert, bits in enumerate(self.widths.gate_up)
+        ]
+
+    @torch.compiler.assume_constant_result  # runs while torch.compile traces, too
+    def _repack(self) -> bool:
+        """As in `PackedLinear`; False where other modules see to the matrices: offloaded ones, or adapters around them."""
+        kept = [expert for expert, bits in enumerate(self.widths.gate_up) if bits]
+        if not kept:
+            return True
+        # one module stands for all: experts are moved, offloaded and adapted together
+        ends = [self.linear(kept[0], self._experts.projections[0].name)]
+        ends.append(self.linear(kept[-1], self._experts.projections[-1].name))
+        if any(type(linear) is not PackedLinear or _is_offloaded(linear) for linear in ends):
+            self._blocks = self._stamp = None
+            return False
+        stamp = _stamp(*ends)
+        if stamp != self._stamp:
+            self._stamp, self._blocks = stamp, None
+            if stamp is not None:
+                matrices = self._matrices()
+                self._blocks = cpu.pack_experts(matrices, self._layout, self._arena_bytes)
+        return True
 
     def _run(self, expert: int, x: Tensor) -> Tensor | None:
         if not self.widths.gate_up[expert]:
@@ -190,6 +247,27 @@ class PackedExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, gate_up={_digits(self.widths.gate_up)}"
+
+
+def _stamp(*linears: PackedLinear) -> tuple[int, ...] | None:
+    """What changes when the bytes of matrices do; None where the CPU kernels do not serve them."""
+    stamp: list[int] = []
+    for linear in linears:
+        weight = linear.weight
+        if (
+            weight is None
+            or weight.device.type != "cpu"
+            or isinstance(weight, FakeTensor)
+            or not cpu.packs(weight, linear.bits)
+        ):
+            return None
+        stamp += (weight.data_ptr(), weight._version)
+    return tuple(stamp)
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings the module's weights only for its own call."""
+    return getattr(getattr(module, "_hf_hook", None), "offload", False)
 
 
 def _digits(widths: Sequence[int]) -> str:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -41,9 +43,12 @@ class DbrxExperts(FusedExperts):
         matrix = flat.unflatten(0, (self.num_experts, -1))[expert]
         return matrix.T if projection == "down_proj" else matrix
 
+    def _activation(self) -> Callable[[Tensor], Tensor]:
+        return self.module.mlp.activation_fn
+
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        return self.module.mlp.activation_fn(gate) * up
+        return self._activation()(gate) * up
 
     def finish(self, output: Tensor, hidden_states: Tensor) -> Tensor:
         return output.view(hidden_states.shape[0], -1, output.shape[-1])

@@ -10,7 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.integrations import moe
 
+from transformers_mcmoe.kernels.reference import ACTIVATIONS
 from transformers_mcmoe.models.experts.base import Experts, Projection, Record, forward_as, in_blocks
 
 FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
@@ -105,6 +107,23 @@ class FusedExperts(Experts):
         gate, up = gate_up.chunk(2, dim=-1)
         return self.module.act_fn(gate) * up
 
+    def plain_activation(self) -> str | None:
+        """Name in `kernels.reference.ACTIVATIONS` if an expert is down(act(gate(x)) * up(x)) or down(act(up(x))).
+
+        None where it is not: biases, a norm behind it, identity experts, or a gate of the model's own.
+        """
+        special = self.has_bias or self.has_post_expert_norm or self.identity_experts or not self._has_plain_gate()
+        return None if special else _name_of(self._activation())
+
+    def _has_plain_gate(self) -> bool:
+        if not self.has_gate:
+            return True
+        own = getattr(type(self.module), "_apply_gate", None)
+        return self.is_concatenated and (own is None or own is getattr(moe, "_default_apply_gate", None))
+
+    def _activation(self) -> Callable[[Tensor], Tensor]:
+        return self.module.act_fn
+
     def route(self, *args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The module's call as tokens [T, H], expert ids [T, K] and routing weights [T, K]."""
         hidden_states, top_k_index, top_k_weights = args
@@ -162,6 +181,16 @@ class FusedExperts(Experts):
             if y is not None:
                 output = output.index_add(0, token, (y * weights[token, slot, None]).to(torch.float32))
         return self.finish(output.to(hidden_states.dtype), hidden_states)
+
+
+def _name_of(activation: Callable[[Tensor], Tensor]) -> str | None:
+    """Which of ACTIVATIONS a function is, by its values: models wrap the same function in many classes."""
+    points = torch.linspace(-6, 6, 97)
+    with torch.no_grad():
+        values = activation(points)
+    return next(
+        (name for name, known in ACTIVATIONS.items() if torch.allclose(values, known(points), atol=1e-6)), None
+    )
 
 
 def is_fused(module: nn.Module) -> bool:

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed of the compiled CPU kernels beside torch's, on one thread with cold weights.
+
+All candidates of a shape take turns in one process; each call meets the next of several copies of its weights, together
+larger than the last-level cache, so that weights come from memory. Reported are medians, 10th percentiles and ratios to
+torch's bf16 linear layer and to a plain read of the packed bytes. Rows go to results/kernels.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from transformers_mcmoe.kernels import cpu
+from transformers_mcmoe.quantization.grid import group_size_for, num_groups
+
+RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
+# one projection of an expert: in_features, out_features
+SHAPES = {
+    "Mixtral-8x7B": (4096, 14336),
+    "Qwen3-30B-A3B": (2048, 768),
+    "DeepSeek-V2-Lite": (2048, 1408),
+    "smolmoe": (576, 768),
+}
+
+
+class Candidate:
+    """A call on each of several copies of its weights in turn."""
+
+    def __init__(self, make: Callable[[], Callable[[torch.Tensor], object]], copy_bytes: int, cold: int) -> None:
+        self.calls = [make() for _ in range(max(1, min(200, -(-cold // copy_bytes))))]
+        self.turn = 0
+        self.seconds: list[float] = []
+
+    def __call__(self, x: torch.Tensor) -> None:
+        call = self.calls[self.turn % len(self.calls)]
+        self.turn += 1
+        start = time.perf_counter()
+        call(x)
+        self.seconds.append(time.perf_counter() - start)
+
+
+def packed(columns: int, rows: int, bits: int, mode: str) -> tuple[Callable[[], Callable], int]:
+    """Our kernel on random codes."""
+    group = group_size_for(columns, 128)
+    groups = num_groups(columns, group)
+    blocks_of_rows, record = -(-rows // cpu.ROWS), cpu.block_bytes(bits, group, 1)
+    size = blocks_of_rows * groups * record
+
+    def make() -> Callable[[torch.Tensor], object]:
+        blocks = cpu.arena(size).random_(0, 256)
+        blocks.view(-1, record)[:, -4 * cpu.ROWS :] = 0x2C  # scales and zeros must be numbers
+
+        def call(x: torch.Tensor) -> object:
+            os.environ["MCMOE_MODE"] = mode
+            return cpu.packed_linear(x, blocks, None, rows, bits, group, columns)
+
+        return call
+
+    return make, size
+
+
+def read(size: int) -> tuple[Callable[[], Callable], int]:
+    """A plain read of as many bytes."""
+
+    def make() -> Callable[[torch.Tensor], object]:
+        memory = cpu.arena(size - size % 64).random_(0, 256).view(torch.int64)
+        return lambda x: memory.sum()
+
+    return make, size
+
+
+def bf16(columns: int, rows: int) -> tuple[Callable[[], Callable], int]:
+    """torch's linear layer in bf16."""
+
+    def make() -> Callable[[torch.Tensor], object]:
+        weight = torch.randn(rows, columns, dtype=torch.bfloat16)
+        return lambda x: functional.linear(x, weight)
+
+    return make, 2 * rows * columns
+
+
+def int4pack(columns: int, rows: int) -> tuple[Callable[[], Callable], int]:
+    """torch's weight-only 4-bit product."""
+
+    def make() -> Callable[[torch.Tensor], object]:
+        weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (rows, columns)).int(), 1)
+        grid = torch.randn(columns // 64, rows, 2, dtype=torch.bfloat16)
+        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, 64, grid)
+
+    return make, rows * columns // 2
+
+
+def main() -> None:
+    """Measure the shapes asked for and append a row per candidate."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 8, 32, 128, 512])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cold", type=int, default=400, help="MB of copies that a candidate goes through")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per candidate")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for name in options.shapes:
+        columns, rows = SHAPES[name]
+        made = {"torch bf16": bf16(columns, rows), "torch int4pack": int4pack(columns, rows)}
+        for bits in (1, 2, 3, 4):
+            for mode in cpu.MODES:
+                made[f"ours {bits} bits {mode}"] = packed(columns, rows, bits, mode)
+            made[f"read {bits} bits"] = read(made[f"ours {bits} bits exact"][1])
+        candidates = {key: Candidate(make, size, options.cold << 20) for key, (make, size) in made.items()}
+        for tokens in options.tokens:
+            _measure(options, name, tokens, candidates, {key: size for key, (_, size) in made.items()})
+
+
+def _measure(
+    options: argparse.Namespace, shape: str, tokens: int, candidates: dict[str, Candidate], sizes: dict[str, int]
+) -> None:
+    columns, rows = SHAPES[shape]
+    x = torch.randn(tokens, columns, dtype=torch.bfloat16)
+    for candidate in candidates.values():
+        candidate.seconds.clear()
+    started, rounds = time.monotonic(), 0
+    while rounds < 5 or (time.monotonic() - started < options.seconds * len(candidates) and rounds < 2000):
+        for candidate in candidates.values():
+            candidate(x)
+        rounds += 1
+    base = candidates["torch bf16"].seconds
+    for key, candidate in candidates.items():
+        median, low = statistics.median(candidate.seconds), sorted(candidate.seconds)[len(candidate.seconds) // 10]
+        row = {
+            "shape": shape,
+            "in_features": columns,
+            "out_features": rows,
+            "tokens": tokens,
+            "threads": options.threads,
+            "candidate": key,
+            "median_us": round(median * 1e6, 1),
+            "p10_us": round(low * 1e6, 1),
+            "gb_per_s": round(sizes[key] / median / 1e9, 2),
+            "times_torch_bf16": round(statistics.median(base) / median, 2),
+            "rounds": rounds,
+            "instruction_set": cpu.instruction_set(),
+            "torch": torch.__version__,
+            "load": round(os.getloadavg()[0], 1),
+            "cpus": os.cpu_count(),
+            "processor": _processor(),
+            "date": datetime.date.today().isoformat(),
+        }
+        if key.startswith("ours"):
+            plain = statistics.median(candidates[f"read {key.split()[1]} bits"].seconds)
+            row["share_of_read"] = round(plain / median, 3)
+        RESULTS.parent.mkdir(exist_ok=True)
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        share = f", {row['share_of_read']:.2f} of a plain read" if "share_of_read" in row else ""
+        print(
+            f"{shape} M={tokens} {key}: {row['median_us']} us (p10 {row['p10_us']}), {row['gb_per_s']} GB/s, "
+            f"x{row['times_torch_bf16']} torch bf16{share}",
+            flush=True,
+        )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ backend: loads the compiled library, repacks matrices for it, calls it. Knows tensors, not modules.
+
+Where the library is missing (installed without a compiler, or another platform) `library()` is None and the reference
+runs. MCMOE_ISA forces an instruction set ("avx512-bf16", "avx512-vnni", "avx512", "avx2", "neon", "scalar"), or
+"reference" none; MCMOE_MODE=int8 | exact sets how activations enter (docs/kernels.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from transformers_mcmoe.quantization.grid import group_size_for, num_groups
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+ROWS = UNIT = 32  # rows of a block, columns of a unit, as in csrc/kernels.h
+MODES = ("exact", "int8")
+_HUGE_PAGE = 2 << 20
+# records are fetched ahead of use; what lies behind the last one must belong to us
+_MARGIN = 8 << 10
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library with its instruction set chosen; None where there is none.
+
+    Raises:
+        ValueError: MCMOE_ISA names an instruction set that this machine or build does not have.
+    """
+    wanted = os.environ.get("MCMOE_ISA", "")
+    if wanted == "reference":
+        return None
+    # an editable install keeps what was compiled apart from the sources
+    folders = importlib.import_module(__package__).__path__
+    path = next((path for folder in folders for path in Path(folder).glob("libmcmoe_cpu.*")), None)
+    if path is None:
+        logger.warning("transformers_mcmoe was installed without its CPU kernels; the slow reference runs on CPU.")
+        return None
+    try:
+        # torch is loaded by now, so its OpenMP runtime serves here too
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        logger.warning("The CPU kernels could not be loaded (%s); the slow reference runs on CPU.", error)
+        return None
+    for function in (loaded.mcmoe_select, loaded.mcmoe_selected, loaded.mcmoe_available):
+        function.restype = ctypes.c_char_p
+    loaded.mcmoe_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    pointer, integer = ctypes.c_void_p, ctypes.c_int
+    loaded.mcmoe_repack.argtypes = [pointer, *[integer] * 6, pointer]
+    loaded.mcmoe_linear.argtypes = [
+        pointer, *[integer] * 5, pointer, integer, integer, pointer, pointer, integer
+    ]  # fmt: skip
+    loaded.mcmoe_moe.argtypes = [
+        pointer, pointer, integer, pointer, integer, pointer, integer, integer, pointer, pointer, pointer, integer
+    ]  # fmt: skip
+    if loaded.mcmoe_select(wanted.encode()) is None:
+        names = loaded.mcmoe_available().decode().split()
+        raise ValueError(f"MCMOE_ISA is {wanted!r}, which cannot run here; choose one of {names} or 'reference'.")
+    return loaded
+
+
+def instruction_set() -> str:
+    """Name of the instruction set in use; "none" without the library."""
+    loaded = library()
+    return loaded.mcmoe_selected().decode() if loaded else "none"
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """While open, another of `instruction_sets` runs, in the whole process: for tests and benchmarks."""
+    loaded, before = library(), instruction_set()
+    if loaded is None or loaded.mcmoe_select(name.encode()) is None:
+        raise ValueError(f"The instruction set {name!r} cannot run here; choose one of {instruction_sets()}.")
+    try:
+        yield
+    finally:
+        loaded.mcmoe_select(before.encode())
+
+
+def instruction_sets() -> list[str]:
+    """All that run on this machine, best first."""
+    loaded = library()
+    return loaded.mcmoe_available().decode().split() if loaded else []
+
+
+def mode() -> str:
+    """How activations enter the products: "exact" or "int8".
+
+    Raises:
+        ValueError: MCMOE_MODE is neither.
+    """
+    value = os.environ.get("MCMOE_MODE", "exact")
+    if value not in MODES:
+        raise ValueError(f"MCMOE_MODE is {value!r}; set it to one of {MODES}.")
+    return value
+
+
+def takes(x: Tensor) -> bool:
+    """Whether activations are of a device and dtype that the library takes."""
+    return x.device.type == "cpu" and x.dtype in DTYPES
+
+
+def packs(qweight: Tensor, bits: int) -> bool:
+    """Whether the library is there and takes a packed matrix [out, n, G * bits / 8 + 4]: groups are multiples of 32."""
+    return library() is not None and (qweight.shape[2] - 4) * 8 // bits % UNIT == 0
+
+
+def block_bytes(bits: int, group: int, groups: int) -> int:
+    """Bytes of one block of 32 rows."""
+    return (group * ROWS * bits // 8 + 4 * ROWS) * groups
+
+
+def arena(size: int) -> Tensor:
+    """[size] uint8 on huge pages where the system has them."""
+    alignment = _HUGE_PAGE if size >= _HUGE_PAGE else 64
+    memory = torch.empty(size + alignment + _MARGIN, dtype=torch.uint8)
+    start = -memory.data_ptr() % alignment
+    loaded = library()
+    if loaded is not None and size >= _HUGE_PAGE and sys.platform == "linux":
+        loaded.mcmoe_huge_pages(memory.data_ptr() + start, size // _HUGE_PAGE * _HUGE_PAGE)
+    return memory[start : start + size]
+
+
+def repack(qweight: Tensor, bits: int, blocks: Tensor, *, first: int = 0, pitch: int = ROWS) -> None:
+    """Write a packed matrix of the checkpoint into blocks of the kernels' layout (csrc/layout.h).
+
+    Args:
+        qweight: [out, n, G * bits / 8 + 4] uint8.
+        bits: code width.
+        blocks: [bytes] uint8, where the blocks go.
+        first: row of a block that takes row 0: 0, or 16 for the up projection of a pair.
+        pitch: rows of this matrix in a block: 32, or 16 in a pair.
+    """
+    loaded = library()
+    assert loaded is not None
+    qweight = qweight.contiguous()
+    rows, groups, record = qweight.shape
+    group = (record - 4) * 8 // bits
+    loaded.mcmoe_repack(qweight.data_ptr(), rows, bits, group, groups, first, pitch, blocks.data_ptr())
+
+
+def pack_matrix(qweight: Tensor, bits: int) -> Tensor:
+    """A packed matrix [out, n, G * bits / 8 + 4] in the kernels' layout, [bytes] uint8."""
+    rows, groups, record = qweight.shape
+    blocks = arena(-(-rows // ROWS) * block_bytes(bits, (record - 4) * 8 // bits, groups))
+    repack(qweight, bits, blocks)
+    return blocks
+
+
+def packed_linear(
+    x: Tensor, blocks: Tensor, bias: Tensor | None, rows: int, bits: int, group: int, in_features: int
+) -> Tensor:
+    """[.., in_features] -> [.., rows] over repacked blocks, in the dtype of `x`."""
+    loaded = library()
+    assert loaded is not None
+    x = x.contiguous()
+    tokens = x.numel() // in_features
+    y = x.new_empty((*x.shape[:-1], rows))
+    if tokens == 0 or rows == 0:
+        return y
+    bias = bias.to(torch.float32).contiguous() if bias is not None else None
+    loaded.mcmoe_linear(
+        blocks.data_ptr(), rows, in_features, bits, group, mode() == "int8", x.data_ptr(), DTYPES[x.dtype], tokens,
+        bias.data_ptr() if bias is not None else None, y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def moe_mlp(
+    x: Tensor, index: Tensor, weights: Tensor, blocks: Tensor, layout: Tensor, inner: int, activation: str, gated: bool
+) -> Tensor:
+    """Combined output [T, H] of a MoE layer; `layout` [E, 2, 3] int64: offset or -1, bits, group of gate_up and down."""
+    loaded = library()
+    assert loaded is not None
+    x, index = x.contiguous(), index.to(torch.int64).contiguous()
+    weights = weights.to(torch.float32).contiguous()
+    out = torch.empty_like(x)
+    tokens, hidden = x.shape
+    if tokens == 0:
+        return out
+    shape = (ctypes.c_int * 5)(hidden, inner, index.shape[1], ACTIVATIONS.index(activation), gated)
+    loaded.mcmoe_moe(
+        blocks.data_ptr(), layout.data_ptr(), layout.shape[0], shape, mode() == "int8", x.data_ptr(),
+        DTYPES[x.dtype], tokens, index.data_ptr(), weights.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def layout(
+    sizes: Sequence[tuple[int, int]], gate_up: Sequence[int], down: Sequence[int], group_size: int
+) -> tuple[Tensor, int]:
+    """Where a layer's experts lie in their arena.
+
+    Args:
+        sizes: rows and columns of an expert's matrices: gate and up, or up alone, then down.
+        gate_up: code width of each expert's inputs; 0 for one that was dropped.
+        down: code width of each expert's output projection; 0 likewise.
+        group_size: the configured one.
+
+    Returns:
+        [E, 2, 3] int64 on CPU, for gate_up and down of each expert: offset or -1, code width, group size; and the
+        arena's bytes.
+    """
+    pitch = ROWS // (len(sizes) - 1)
+    table, size = [], 0
+    for widths in zip(gate_up, down, strict=True):
+        parts = []
+        for bits, (rows, columns), step in zip(widths, (sizes[0], sizes[-1]), (pitch, ROWS), strict=True):
+            group = group_size_for(columns, group_size)
+            parts.append([size if all(widths) else -1, bits, group])
+            if all(widths):
+                size += -(-rows // step) * block_bytes(bits, group, num_groups(columns, group))
+        table.append(parts)
+    return torch.tensor(table, dtype=torch.int64, device="cpu"), size
+
+
+def pack_experts(qweights: Sequence[Sequence[Tensor]], layout: Tensor, size: int) -> Tensor:
+    """Arena [size] uint8 with a layer's experts: per expert its gate (if gated), up and down; empty if it is left out."""
+    blocks = arena(size)
+    for matrices, ((start, bits, _), (down_start, down_bits, _)) in zip(qweights, layout.tolist(), strict=True):
+        if not matrices:
+            continue
+        *inputs, down = matrices
+        for n, matrix in enumerate(inputs):
+            repack(matrix, bits, blocks[start:], first=n * ROWS // 2, pitch=ROWS // len(inputs))
+        repack(down, down_bits, blocks[down_start:])
+    return blocks

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C interface that kernels/cpu.py loads, and the choice of the instruction set.
+#include <string.h>
+
+#include <vector>
+
+#include "drive.h"
+#include "moe.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace mcmoe {
+namespace {
+
+const Kernels* chosen = nullptr;
+
+struct Candidate {
+  const Kernels* (*table)();
+  bool (*runs)();
+};
+
+// Best first.
+const Candidate CANDIDATES[] = {
+#if defined(MCMOE_ONLY_SCALAR)  // the program of the sanitizers
+#elif defined(__x86_64__)
+    {avx512_bf16_kernels,
+     [] {
+       return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
+              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+     }},
+    {avx512_vnni_kernels,
+     [] {
+       return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl");
+     }},
+    {avx512_kernels, [] { return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"); }},
+    {avx2_kernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#elif defined(__aarch64__)
+    {neon_kernels, [] { return true; }},
+#endif
+    {scalar_kernels, [] { return true; }},
+};
+
+Matrix matrix(const uint8_t* arena, const int64_t* row, int columns) {
+  Matrix m;
+  if (row[0] >= 0) m.blocks = arena + row[0];
+  m.bits = static_cast<int>(row[1]);
+  m.group = static_cast<int>(row[2]);
+  m.columns = columns;
+  return m;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *chosen; }
+
+}  // namespace mcmoe
+
+using namespace mcmoe;
+
+#define MCMOE_API extern "C" __attribute__((visibility("default")))
+
+// Chooses an instruction set by name, or the best for a null or empty name. Returns the name chosen; null where this
+// processor or build does not have it.
+MCMOE_API const char* mcmoe_select(const char* name) {
+  for (const Candidate& candidate : CANDIDATES) {
+    const Kernels* table = candidate.table();
+    const bool named = name && *name;
+    if (named ? strcmp(table->name, name) != 0 : false) continue;
+    if (!candidate.runs()) continue;
+    chosen = table;
+    return table->name;
+  }
+  return nullptr;
+}
+
+MCMOE_API const char* mcmoe_selected() { return kernels().name; }
+
+// Names of the instruction sets that run here, best first, separated by spaces.
+MCMOE_API const char* mcmoe_available() {
+  static char names[256] = "";
+  if (!*names)
+    for (const Candidate& candidate : CANDIDATES)
+      if (candidate.runs()) {
+        if (*names) strcat(names, " ");
+        strcat(names, candidate.table()->name);
+      }
+  return names;
+}
+
+// Asks for huge pages under a block of memory whose start is 2 MB aligned.
+MCMOE_API void mcmoe_huge_pages(void* start, size_t bytes) {
+#if defined(__linux__)
+  madvise(start, bytes, MADV_HUGEPAGE);
+#else
+  (void)start;
+  (void)bytes;
+#endif
+}
+
+MCMOE_API void mcmoe_repack(const uint8_t* packed, int rows, int bits, int group, int groups, int first, int pitch,
+                            uint8_t* blocks) {
+  repack(packed, rows, bits, group, groups, first, pitch, blocks);
+}
+
+// y [tokens, rows] = x [tokens, columns] W^T + bias; dtype of x and y: 0 fp32, 1 bf16, 2 fp16; bias fp32 or null.
+MCMOE_API void mcmoe_linear(const uint8_t* blocks, int rows, int columns, int bits, int group, int int8, const void* x,
+                            int dtype, int tokens, const float* bias, void* y, int threads) {
+  const int64_t row[] = {0, bits, group};
+  linear(matrix(blocks, row, columns), rows, int8 != 0, x, dtype, tokens, bias, y, threads);
+}
+
+// One MoE layer. layout [experts, 2, 3] int64: for gate_up and down the offset in the arena (-1: dropped), the code
+// width, the group size. index int64 and weights fp32 [tokens, top_k]. shape: hidden, inner, top_k, activation, gated.
+MCMOE_API void mcmoe_moe(const uint8_t* arena, const int64_t* layout, int experts, const int* shape, int int8,
+                         const void* x, int dtype, int tokens, const int64_t* index, const float* weights, void* out,
+                         int threads) {
+  const MoeShape moe_shape{shape[0], shape[1], shape[2], shape[3], shape[4] != 0};
+  std::vector<Expert> list(experts);
+  for (int e = 0; e < experts; e++) {
+    list[e].gate_up = matrix(arena, layout + 6 * e, moe_shape.hidden);
+    list[e].down = matrix(arena, layout + 6 * e + 3, moe_shape.inner);
+  }
+  moe(list.data(), experts, moe_shape, int8 != 0, x, dtype, tokens, index, weights, out, threads);
+}

@@ -1,0 +1,398 @@
+// SPDX-License-Identifier: Apache-2.0
+// Dot products of packed records with prepared activations, for any vector type V; included once by each isa_*.cpp.
+//
+// A group's value is scale * (sum_k code_k * x_k - zero * sum_k x_k): codes stay integers, the grid enters once a group.
+// Everything is in an unnamed namespace and nothing of the standard library is used: two files compiled for different
+// instruction sets must not share a function.
+#pragma once
+#include <string.h>
+
+#include "kernels.h"
+
+#define MCMOE_INLINE inline __attribute__((always_inline))
+// loops over registers; templates (`unroll`) only where an index must be a constant, as they compile slowly
+#define MCMOE_EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
+
+namespace mcmoe {
+namespace {
+
+constexpr int PREFETCH = 4096;  // bytes ahead; hardware prefetch alone reaches half the bandwidth
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+  constexpr operator int() const { return N; }
+};
+
+template <int N, int I = 0, class F>
+MCMOE_INLINE void unroll(F f) {
+  if constexpr (I < N) {
+    f(Int<I>());
+    unroll<N, I + 1>(f);
+  }
+}
+
+// ---- codes of a unit: f(j, w) for j = 0..7, w[parts] with the codes of columns 4j..4j+3 in the bytes of each row's dword
+
+// What is above the code in each byte is left as it comes.
+template <class V, int B, class F>
+MCMOE_INLINE void raw_codes(const uint8_t* const (&p)[V::parts], F f) {
+  typename V::I z[V::parts], w[V::parts];
+  if constexpr (B == 3) {
+    typename V::I high[V::parts];
+    MCMOE_EACH(q, V::parts) { high[q] = V::load(p[q] + 128); }
+    unroll<2>([&](auto e) MCMOE_LAMBDA {
+      MCMOE_EACH(q, V::parts) { z[q] = V::load(p[q] + 64 * e); }
+      unroll<4>([&](auto s) MCMOE_LAMBDA {
+        constexpr int E = decltype(e)::value, S = decltype(s)::value;
+        MCMOE_EACH(q, V::parts) {
+          auto h = S == 3 ? V::template left<(S == 3 ? 2 - E : 0)>(high[q])
+                          : V::template right<(S == 3 ? 0 : 2 * S + E)>(high[q]);
+          w[q] = V::template select<3>(V::template right<2 * S>(z[q]), h);
+        }
+        f(Int<4 * E + S>(), w);
+      });
+    });
+  } else {
+    unroll<B>([&](auto i) MCMOE_LAMBDA {
+      MCMOE_EACH(q, V::parts) { z[q] = V::load(p[q] + 64 * i); }
+      unroll<8 / B>([&](auto s) MCMOE_LAMBDA {
+        constexpr int N = decltype(i)::value, S = decltype(s)::value;
+        MCMOE_EACH(q, V::parts) { w[q] = V::template right<B * S>(z[q]); }
+        f(Int<8 / B * N + S>(), w);
+      });
+    });
+  }
+}
+
+template <class V, int B, class F>
+MCMOE_INLINE void codes(const uint8_t* const (&p)[V::parts], F f) {
+  raw_codes<V, B>(p, [&](auto j, auto& w) MCMOE_LAMBDA {
+    if constexpr (B != 8) MCMOE_EACH(q, V::parts) { w[q] = V::template mask<(1 << B) - 1>(w[q]); }
+    f(j, w);
+  });
+}
+
+// Codes left where they lie in the byte, so that hardly anything is shifted: f(j, c, w) where w is the codes times
+// 2^in_place_shift(c); products are summed per class c, and the sums shifted.
+template <int B>
+constexpr int in_place_classes() { return B == 1 ? 8 : B == 2 ? 4 : B == 3 ? 3 : B == 4 ? 2 : 1; }
+template <int B>
+constexpr int in_place_shift(int c) { return B == 3 ? 2 * c : B * c; }
+
+template <class V, int B, class F>
+MCMOE_INLINE void codes_in_place(const uint8_t* const (&p)[V::parts], F f) {
+  typename V::I z[V::parts], w[V::parts];
+  if constexpr (B == 3) {
+    typename V::I high[V::parts];
+    MCMOE_EACH(q, V::parts) { high[q] = V::load(p[q] + 128); }
+    unroll<2>([&](auto e) MCMOE_LAMBDA {
+      constexpr int E = decltype(e)::value;
+      MCMOE_EACH(q, V::parts) { z[q] = V::load(p[q] + 64 * E); }
+      typename V::I h[V::parts];
+      MCMOE_EACH(q, V::parts) { h[q] = V::template right<E>(high[q]); }
+      unroll<4>([&](auto s) MCMOE_LAMBDA {
+        constexpr int S = decltype(s)::value, C = S == 3 ? 2 : S, SHIFT = 2 * C;
+        MCMOE_EACH(q, V::parts) {
+          auto low = S == 3 ? V::template right<2>(z[q]) : z[q];
+          auto top = S == 3 ? V::template left<6>(h[q]) : h[q];
+          w[q] = V::template mask<(7 << SHIFT)>(V::template select<(3 << SHIFT)>(low, top));
+        }
+        f(Int<4 * E + S>(), Int<C>(), w);
+      });
+    });
+  } else {
+    unroll<B>([&](auto i) MCMOE_LAMBDA {
+      MCMOE_EACH(q, V::parts) { z[q] = V::load(p[q] + 64 * i); }
+      unroll<8 / B>([&](auto s) MCMOE_LAMBDA {
+        constexpr int N = decltype(i)::value, S = decltype(s)::value;
+        MCMOE_EACH(q, V::parts) {
+          if constexpr (B == 8)
+            w[q] = z[q];
+          else
+            w[q] = V::template mask<(((1 << B) - 1) << (B * S))>(z[q]);
+        }
+        f(Int<8 / B * N + S>(), Int<S>(), w);
+      });
+    });
+  }
+}
+
+// ---- one group's end: f += scale * (sum - zero * xz)
+
+template <class V, int T>
+struct Rows {
+  typename V::F f[T][V::parts];
+
+  MCMOE_INLINE Rows() {
+    MCMOE_EACH(t, T) { MCMOE_EACH(q, V::parts) { f[t][q] = V::zero(); } }
+  }
+  template <class Sum>
+  MCMOE_INLINE void add(const uint8_t* grid, int part, const float* xz, Sum sum) {
+    MCMOE_EACH(q, V::parts) {
+      const uint8_t* g = grid + 2 * V::L * (part + q);
+      const auto scale = V::half(g), zero = V::half(g + 2 * ROWS);
+      MCMOE_EACH(t, T) {
+        f[t][q] = V::fma(scale, V::fnma(zero, V::set1(xz[t]), sum(t, q)), f[t][q]);
+      }
+    }
+  }
+  MCMOE_INLINE void store(float* y, int part) const {
+    MCMOE_EACH(t, T) {
+      MCMOE_EACH(q, V::parts) { V::store(y + ROWS * t + V::L * (part + q), f[t][q]); }
+    }
+  }
+};
+
+template <class V, int B>
+MCMOE_INLINE void unit_of(const uint8_t* record, int unit, int part, const uint8_t* (&p)[V::parts]) {
+  MCMOE_EACH(q, V::parts) {
+    const int row = V::L * (part + q);
+    p[q] = record + (2 * unit + row / 16) * 64 * B + 4 * (row % 16);
+  }
+}
+
+MCMOE_INLINE void prefetch(const uint8_t* p, int bytes) {
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + PREFETCH + i);
+}
+
+template <class V, int B, int T>
+void dot_int8(const uint8_t* records, int groups, int units, const int32_t* x, const float* xs, const float* xz,
+              float* y) {
+  constexpr bool IN_PLACE = V::in_place && T <= 2 && B != 8 && !(B == 1 && T > 1);
+  constexpr int CLASSES = IN_PLACE ? in_place_classes<B>() : 1;
+  // independent sums, as a product takes several cycles
+  constexpr int COPIES = T > 2 ? 1 : CLASSES >= 8 ? 1 : CLASSES >= 3 || T == 2 ? 2 : 4;
+  const int codes_bytes = units * 128 * B, stride = codes_bytes + 4 * ROWS;
+  for (int part = 0; part < ROWS / V::L; part += V::parts) {
+    Rows<V, T> rows;
+    const uint8_t* record = records;
+    const int32_t* a = x;
+    for (int g = 0; g < groups; g++, record += stride) {
+      typename V::I sums[COPIES][CLASSES][T][V::parts];
+      MCMOE_EACH(c, COPIES) {
+        MCMOE_EACH(k, CLASSES) {
+          MCMOE_EACH(t, T) {
+            MCMOE_EACH(q, V::parts) { sums[c][k][t][q] = V::izero(); }
+          }
+        }
+      }
+      if (part == 0) prefetch(record + codes_bytes, 4 * ROWS);
+      for (int u = 0; u < units; u++, a += 8 * T) {
+        const uint8_t* p[V::parts];
+        unit_of<V, B>(record, u, part, p);
+        if (part == 0) prefetch(p[0], 128 * B);
+        auto multiply = [&](auto j, auto c, auto& w) MCMOE_LAMBDA {
+          constexpr int COPY = (CLASSES > 1 ? j / (8 / COPIES) : (int)j) % COPIES;
+          MCMOE_EACH(t, T) {
+            const auto b = V::broadcast(a + j * T + t);
+            MCMOE_EACH(q, V::parts) {
+              auto& s = sums[COPY][c][t][q];
+              s = V::template dot<B == 8>(s, w[q], b);
+            }
+          }
+        };
+        if constexpr (IN_PLACE)
+          codes_in_place<V, B>(p, multiply);
+        else
+          codes<V, B>(p, [&](auto j, auto& w) MCMOE_LAMBDA { multiply(j, Int<0>(), w); });
+      }
+      rows.add(record + codes_bytes, part, xz + g * T, [&](auto t, auto q) MCMOE_LAMBDA {
+        typename V::I total = V::izero();
+        MCMOE_EACH(k, CLASSES) {
+          typename V::I sum = sums[0][k][t][q];
+          MCMOE_EACH(c, COPIES - 1) { sum = V::add(sum, sums[c + 1][k][t][q]); }
+          total = V::add(total, IN_PLACE ? V::shift_down(sum, in_place_shift<B>(k)) : sum);
+        }
+        return V::mul(V::to_float(total), V::set1(xs[g * T + t]));
+      });
+    }
+    rows.store(y, part);
+  }
+}
+
+template <class V, int B, int T>
+void dot_fp32(const uint8_t* records, int groups, int units, const int32_t* x, const float*, const float* xz,
+              float* y) {
+  const int codes_bytes = units * 128 * B, stride = codes_bytes + 4 * ROWS;
+  for (int part = 0; part < ROWS / V::L; part += V::parts) {
+    Rows<V, T> rows;
+    const uint8_t* record = records;
+    const float* a = reinterpret_cast<const float*>(x);
+    constexpr int COPIES = T > 2 ? 1 : 4 / T;
+    for (int g = 0; g < groups; g++, record += stride) {
+      typename V::F sums[COPIES][T][V::parts];
+      MCMOE_EACH(c, COPIES) {
+        MCMOE_EACH(t, T) {
+          MCMOE_EACH(q, V::parts) { sums[c][t][q] = V::zero(); }
+        }
+      }
+      if (part == 0) prefetch(record + codes_bytes, 4 * ROWS);
+      for (int u = 0; u < units; u++, a += 32 * T) {
+        const uint8_t* p[V::parts];
+        unit_of<V, B>(record, u, part, p);
+        if (part == 0) prefetch(p[0], 128 * B);
+        raw_codes<V, B>(p, [&](auto j, auto& w) MCMOE_LAMBDA {
+          unroll<4>([&](auto b) MCMOE_LAMBDA {
+            typename V::F value[V::parts];
+            MCMOE_EACH(q, V::parts) { value[q] = V::template byte_to_float<B, decltype(b)::value>(w[q]); }
+            MCMOE_EACH(t, T) {
+              const auto xk = V::set1(a[(4 * j + b) * T + t]);
+              MCMOE_EACH(q, V::parts) {
+                auto& s = sums[b % COPIES][t][q];
+                s = V::fma(value[q], xk, s);
+              }
+            }
+          });
+        });
+      }
+      rows.add(record + codes_bytes, part, xz + g * T, [&](auto t, auto q) MCMOE_LAMBDA {
+        auto sum = sums[0][t][q];
+        MCMOE_EACH(c, COPIES - 1) { sum = V::fadd(sum, sums[c + 1][t][q]); }
+        return sum;
+      });
+    }
+    rows.store(y, part);
+  }
+}
+
+// Pairs of bf16: a dword of activations holds columns (4j, 4j + 2) or (4j + 1, 4j + 3).
+template <class V, int B, int T>
+void dot_bf16(const uint8_t* records, int groups, int units, const int32_t* x, const float*, const float* xz,
+              float* y) {
+  const int codes_bytes = units * 128 * B, stride = codes_bytes + 4 * ROWS;
+  const auto table = V::template bf16_table<B>();
+  for (int part = 0; part < ROWS / V::L; part += V::parts) {
+    Rows<V, T> rows;
+    const uint8_t* record = records;
+    const int32_t* a = x;
+    constexpr int COPIES = T > 2 ? 1 : 4 / T;
+    for (int g = 0; g < groups; g++, record += stride) {
+      typename V::F sums[COPIES][T][V::parts];
+      MCMOE_EACH(c, COPIES) {
+        MCMOE_EACH(t, T) {
+          MCMOE_EACH(q, V::parts) { sums[c][t][q] = V::zero(); }
+        }
+      }
+      if (part == 0) prefetch(record + codes_bytes, 4 * ROWS);
+      for (int u = 0; u < units; u++, a += 16 * T) {
+        const uint8_t* p[V::parts];
+        unit_of<V, B>(record, u, part, p);
+        if (part == 0) prefetch(p[0], 128 * B);
+        raw_codes<V, B>(p, [&](auto j, auto& w) MCMOE_LAMBDA {
+          unroll<2>([&](auto h) MCMOE_LAMBDA {
+            constexpr int COPY = (2 * (int)j + (int)h) % COPIES;
+            // 8-bit codes: the high nibble's table holds multiples of 16
+            unroll<(B == 8 ? 2 : 1)>([&](auto n) MCMOE_LAMBDA {
+              typename V::I value[V::parts];
+              MCMOE_EACH(q, V::parts) {
+                value[q] = V::template bf16_codes<B, decltype(h)::value, decltype(n)::value>(w[q], table);
+              }
+              MCMOE_EACH(t, T) {
+                const auto b = V::broadcast(a + (2 * j + h) * T + t);
+                MCMOE_EACH(q, V::parts) {
+                  auto& s = sums[COPY][t][q];
+                  s = V::dot_bf16(s, value[q], b);
+                }
+              }
+            });
+          });
+        });
+      }
+      rows.add(record + codes_bytes, part, xz + g * T, [&](auto t, auto q) MCMOE_LAMBDA {
+        auto sum = sums[0][t][q];
+        MCMOE_EACH(c, COPIES - 1) { sum = V::fadd(sum, sums[c + 1][t][q]); }
+        return sum;
+      });
+    }
+    rows.store(y, part);
+  }
+}
+
+template <class V, Mode M, int B, int T>
+constexpr Dot dot() {
+  if constexpr (M == INT8) return dot_int8<V, B, T>;
+  if constexpr (M == FP32) return dot_fp32<V, B, T>;
+  if constexpr (M == BF16) return dot_bf16<V, B, T>;
+}
+
+// ---- activations
+
+inline void prepare_int8(const float* x, int size, int32_t* q, int stride, float* xs, float* xz) {
+  float largest = 0;
+  for (int i = 0; i < size; i++) {
+    const float a = x[i] < 0 ? -x[i] : x[i];
+    largest = a > largest ? a : largest;
+  }
+  const float inverse = largest > 0 ? 127.f / largest : 0.f;
+  int32_t sum = 0;
+  for (int d = 0; d < size / 4; d++) {
+    int8_t bytes[4];
+    for (int b = 0; b < 4; b++) {
+      // adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even
+      const float rounded = (x[4 * d + b] * inverse + 12582912.f) - 12582912.f;
+      bytes[b] = static_cast<int8_t>(static_cast<int32_t>(rounded));
+      sum += bytes[b];
+    }
+    memcpy(q + static_cast<long>(d) * stride, bytes, 4);
+  }
+  *xs = largest / 127.f;
+  *xz = *xs * static_cast<float>(sum);
+}
+
+inline void prepare_fp32(const float* x, int size, int32_t* q, int stride, float*, float* xz) {
+  float parts[4] = {0, 0, 0, 0};
+  for (int d = 0; d < size; d++) {
+    memcpy(q + static_cast<long>(d) * stride, x + d, 4);
+    parts[d % 4] += x[d];
+  }
+  *xz = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
+inline uint16_t to_bf16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((bits >> 16) | 0x40);  // NaN
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline void prepare_bf16(const float* x, int size, int32_t* q, int stride, float*, float* xz) {
+  float parts[4] = {0, 0, 0, 0};
+  for (int j = 0; j < size / 4; j++) {
+    uint32_t r[4];
+    for (int b = 0; b < 4; b++) {
+      r[b] = to_bf16(x[4 * j + b]);
+      const uint32_t wide = r[b] << 16;
+      float value;
+      memcpy(&value, &wide, 4);
+      parts[b] += value;
+    }
+    q[static_cast<long>(2 * j) * stride] = static_cast<int32_t>(r[0] | (r[2] << 16));
+    q[static_cast<long>(2 * j + 1) * stride] = static_cast<int32_t>(r[1] | (r[3] << 16));
+  }
+  *xz = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
+// ---- tables
+
+// Adds the kernels of some modes to a table that starts as a copy of `base`, or empty.
+template <class V, Mode... M>
+const Kernels* table(const char* name, const Kernels* base = nullptr) {
+  static const Kernels kernels = [name, base] {
+    Kernels k = base ? *base : Kernels{};
+    k.name = name;
+    unroll<NUM_WIDTHS>([&](auto w) MCMOE_LAMBDA {
+      unroll<NUM_TILES>([&](auto t) MCMOE_LAMBDA {
+        constexpr int B = WIDTHS[decltype(w)::value], T = TILES[decltype(t)::value];
+        if constexpr (T <= V::largest_tile) ((k.dot[M][w][t] = dot<V, M, B, T>()), ...);
+      });
+    });
+    constexpr Prepare PREPARE[] = {prepare_int8, prepare_bf16, prepare_fp32};
+    ((k.prepare[M] = PREPARE[M]), ...);
+    return k;
+  }();
+  return &kernels;
+}
+
+}  // namespace
+}  // namespace mcmoe

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "drive.h"
+
+namespace mcmoe {
+
+float half_to_float(uint16_t h) {
+  const uint32_t magnitude = h & 0x7fffu;
+  uint32_t bits = magnitude << 13;
+  float value;
+  memcpy(&value, &bits, 4);
+  value *= 5.192296858534828e33f;  // 2^112: a half's exponent is biased by 15, a float's by 127
+  memcpy(&bits, &value, 4);
+  if (magnitude >= 0x7c00u) bits |= 0x7f800000u;
+  bits |= static_cast<uint32_t>(h & 0x8000u) << 16;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+uint16_t float_to_half(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return sign | 0x7e00u;
+  if (bits >= 0x477ff000u) return sign | 0x7c00u;  // rounds to infinity
+  if (bits < 0x38800000u) {                        // subnormal: adding 0.5 aligns the last bit with 2^-24
+    float value;
+    memcpy(&value, &bits, 4);
+    value += 0.5f;
+    memcpy(&bits, &value, 4);
+    return sign | static_cast<uint16_t>(bits - 0x3f000000u);
+  }
+  return sign | static_cast<uint16_t>((bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13);
+}
+
+void read_row(const void* x, int dtype, size_t offset, int n, float* to) {
+  if (dtype == F32) {
+    memcpy(to, static_cast<const float*>(x) + offset, sizeof(float) * n);
+    return;
+  }
+  const uint16_t* from = static_cast<const uint16_t*>(x) + offset;
+  if (dtype == BF)
+    for (int i = 0; i < n; i++) to[i] = bf16_to_float(from[i]);
+  else
+    for (int i = 0; i < n; i++) to[i] = half_to_float(from[i]);
+}
+
+void write_row(const float* x, int n, int dtype, void* to, size_t offset) {
+  if (dtype == F32) {
+    memcpy(static_cast<float*>(to) + offset, x, sizeof(float) * n);
+    return;
+  }
+  uint16_t* out = static_cast<uint16_t*>(to) + offset;
+  if (dtype == BF)
+    for (int i = 0; i < n; i++) out[i] = float_to_bf16(x[i]);
+  else
+    for (int i = 0; i < n; i++) out[i] = float_to_half(x[i]);
+}
+
+int tile_index(int mode, int bits, int rest) {
+  int index = NUM_TILES - 1;
+  while (TILES[index] > rest || kernels().dot[mode][width_index(bits)][index] == nullptr) index--;
+  return index;
+}
+
+void Tile::multiply(const Matrix& m, int mode, const uint8_t* block, float* y) const {
+  int index = 0;
+  while (TILES[index] != count) index++;
+  kernels().dot[mode][width_index(m.bits)][index](block, m.groups(), m.units(), x, xs, xz, y);
+}
+
+}  // namespace mcmoe

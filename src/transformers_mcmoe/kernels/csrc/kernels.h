@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// What one instruction set offers. Each isa_*.cpp fills a table; dispatch.cpp chooses one.
+#pragma once
+#include <stdint.h>
+
+namespace mcmoe {
+
+enum Mode { INT8 = 0, BF16 = 1, FP32 = 2 };
+constexpr int MODES = 3;
+
+// Widths that matrices may have, and the numbers of tokens that one call can take.
+constexpr int WIDTHS[] = {1, 2, 3, 4, 8};
+constexpr int NUM_WIDTHS = 5;
+constexpr int TILES[] = {1, 2, 4, 8};
+constexpr int NUM_TILES = 4;
+
+// Rows of a record, and input columns of a unit of codes.
+constexpr int ROWS = 32, UNIT = 32;
+
+// Output of 32 rows for T tokens, y[T][32].
+//   records  `groups` records of the 32 rows (layout.h)
+//   units    UNITs in a group
+//   x        prepared activations, dwords interleaved over the tokens: [groups * units][dwords per unit][T]
+//   xs       int8 only: scale of a token's group, [groups][T]
+//   xz       sum of a token's group as the kernel sees it, [groups][T]
+using Dot = void (*)(const uint8_t* records, int groups, int units, const int32_t* x, const float* xs,
+                     const float* xz, float* y);
+
+// Activations of one group of one token, `size` values at x, as the kernel reads them; dword d goes to q[d * stride].
+using Prepare = void (*)(const float* x, int size, int32_t* q, int stride, float* xs, float* xz);
+
+struct Kernels {
+  const char* name;
+  Dot dot[MODES][NUM_WIDTHS][NUM_TILES];  // null where the instruction set lacks a mode
+  Prepare prepare[MODES];
+};
+
+// Dwords of prepared activations per unit.
+constexpr int dwords(int mode) { return mode == INT8 ? 8 : mode == BF16 ? 16 : 32; }
+
+const Kernels* avx512_bf16_kernels();
+const Kernels* avx512_vnni_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx2_kernels();
+const Kernels* neon_kernels();
+const Kernels* scalar_kernels();
+
+}  // namespace mcmoe

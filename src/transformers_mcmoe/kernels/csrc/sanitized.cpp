@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0
+// A program for the sanitizers (tests/test_kernels.py): every width, group size and tile, with exactly as much memory as
+// the layout says, on two threads, against a plain computation from the packed bytes.
+#include <math.h>
+#include <stdio.h>
+
+#include <vector>
+
+#include "drive.h"
+#include "moe.h"
+#include "parallel.h"
+
+extern "C" const char* mcmoe_select(const char*);
+
+using namespace mcmoe;
+
+namespace {
+
+uint32_t state = 1;
+uint32_t draw() { return state = state * 1664525u + 1013904223u; }
+float uniform() { return static_cast<float>(draw() >> 8) / 16777216.f; }
+
+struct Packed {
+  int rows, columns, bits, group, groups;
+  std::vector<uint8_t> bytes;
+  std::vector<float> dense;
+
+  Packed(int rows_, int columns_, int bits_, int group_)
+      : rows(rows_), columns(columns_), bits(bits_), group(group_), groups((columns_ + group_ - 1) / group_) {
+    const int record = group * bits / 8 + 4;
+    bytes.resize(static_cast<size_t>(rows) * groups * record);
+    dense.resize(static_cast<size_t>(rows) * columns);
+    for (int r = 0; r < rows; r++)
+      for (int g = 0; g < groups; g++) {
+        uint8_t* at = bytes.data() + (static_cast<size_t>(r) * groups + g) * record;
+        for (int i = 0; i < record - 4; i++) at[i] = static_cast<uint8_t>(draw() >> 16);
+        const uint16_t grid[2] = {float_to_half(0.01f + uniform()), float_to_half(uniform() * (1 << bits))};
+        memcpy(at + record - 4, grid, 4);
+        for (int k = 0; k < group && g * group + k < columns; k++)
+          dense[static_cast<size_t>(r) * columns + g * group + k] =
+              (static_cast<float>(code(at, k)) - half_to_float(grid[1])) * half_to_float(grid[0]);
+      }
+  }
+  int code(const uint8_t* at, int k) const {  // docs/format.md
+    auto field = [&](size_t start, int width) { return at[start + k * width / 8] >> (k * width % 8) & ((1 << width) - 1); };
+    if (bits == 8) return at[k];
+    return bits == 3 ? field(0, 2) | field(group / 4, 1) << 2 : field(0, bits);
+  }
+};
+
+int failures = 0;
+void check(const char* what, const std::vector<float>& y, const std::vector<double>& expected, double bound) {
+  double error = 0, size = 0;
+  for (size_t i = 0; i < y.size(); i++) {
+    error += (y[i] - expected[i]) * (y[i] - expected[i]);
+    size += expected[i] * expected[i];
+  }
+  if (!(sqrt(error) <= bound * sqrt(size))) {
+    failures++;
+    fprintf(stderr, "%s: relative error %g\n", what, sqrt(error / size));
+  }
+}
+
+void linears() {
+  for (int bits : WIDTHS)
+    for (int group : {32, 96, 128})
+      for (int tokens : {1, 3, 13}) {
+        const Packed p(45, 200, bits, group);
+        Matrix m;
+        m.bits = bits, m.group = group, m.columns = p.columns;
+        std::vector<uint8_t> blocks(2 * m.block());
+        repack(p.bytes.data(), p.rows, bits, group, p.groups, 0, ROWS, blocks.data());
+        m.blocks = blocks.data();
+        std::vector<float> x(static_cast<size_t>(tokens) * p.columns), y(static_cast<size_t>(tokens) * p.rows);
+        for (float& v : x) v = uniform() - 0.5f;
+        std::vector<double> expected(y.size(), 0.0);
+        for (int t = 0; t < tokens; t++)
+          for (int r = 0; r < p.rows; r++)
+            for (int k = 0; k < p.columns; k++)
+              expected[t * p.rows + r] += static_cast<double>(p.dense[r * p.columns + k]) * x[t * p.columns + k];
+        for (bool int8 : {false, true}) {
+          linear(m, p.rows, int8, x.data(), F32, tokens, nullptr, y.data(), 2);
+          check("linear", y, expected, int8 ? 5e-2 : 1e-5);
+        }
+      }
+}
+
+void layer(bool gated) {
+  const int experts = 4, hidden = 96, inner = 80, tokens = 37, top_k = 2;
+  std::vector<Packed> gate, up, down;
+  std::vector<std::vector<uint8_t>> memory;
+  std::vector<Expert> list(experts);
+  for (int e = 0; e < experts; e++) {
+    const int bits = WIDTHS[e];
+    gate.emplace_back(inner, hidden, bits, 32);
+    up.emplace_back(inner, hidden, bits, 32);
+    down.emplace_back(hidden, inner, WIDTHS[e + 1], 32);
+    Matrix &a = list[e].gate_up, &b = list[e].down;
+    a.bits = bits, a.group = 32, a.columns = hidden;
+    b.bits = WIDTHS[e + 1], b.group = 32, b.columns = inner;
+    const int pitch = gated ? ROWS / 2 : ROWS;
+    memory.emplace_back((inner + pitch - 1) / pitch * a.block());
+    if (gated) repack(gate[e].bytes.data(), inner, bits, 32, a.groups(), 0, pitch, memory.back().data());
+    repack(up[e].bytes.data(), inner, bits, 32, a.groups(), gated ? pitch : 0, pitch, memory.back().data());
+    a.blocks = e == 3 ? nullptr : memory.back().data();
+    memory.emplace_back((hidden + ROWS - 1) / ROWS * b.block());
+    repack(down[e].bytes.data(), hidden, b.bits, 32, b.groups(), 0, ROWS, memory.back().data());
+    b.blocks = memory.back().data();
+  }
+  std::vector<float> x(tokens * hidden), weights(tokens * top_k), out(tokens * hidden, NAN);
+  std::vector<int64_t> index(tokens * top_k);
+  for (float& v : x) v = uniform() - 0.5f;
+  for (float& v : weights) v = uniform();
+  for (int64_t& i : index) i = draw() / 65536 % (experts + 1);
+  std::vector<double> expected(out.size(), 0.0);
+  for (int s = 0; s < tokens * top_k; s++) {
+    const int64_t e = index[s];
+    if (e >= 3) continue;
+    const float* in = x.data() + s / top_k * hidden;
+    std::vector<double> h(inner);
+    for (int i = 0; i < inner; i++) {
+      double a = 0, b = 0;
+      for (int k = 0; k < hidden; k++) {
+        a += static_cast<double>(gate[e].dense[i * hidden + k]) * in[k];
+        b += static_cast<double>(up[e].dense[i * hidden + k]) * in[k];
+      }
+      h[i] = gated ? a / (1 + exp(-a)) * b : b / (1 + exp(-b));
+    }
+    for (int r = 0; r < hidden; r++)
+      for (int i = 0; i < inner; i++)
+        expected[s / top_k * hidden + r] += weights[s] * static_cast<double>(down[e].dense[r * inner + i]) * h[i];
+  }
+  const MoeShape shape{hidden, inner, top_k, SILU, gated};
+  for (bool int8 : {false, true}) {
+    moe(list.data(), experts, shape, int8, x.data(), F32, tokens, index.data(), weights.data(), out.data(), 2);
+    check("moe", out, expected, int8 ? 1e-1 : 1e-5);
+  }
+}
+
+}  // namespace
+
+int main() {
+  if (!mcmoe_select(nullptr)) return 2;
+  linears();
+  layer(true);
+  layer(false);
+  return failures ? 1 : 0;
+}
