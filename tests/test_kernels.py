@@ -149,7 +149,7 @@ class TestMoe:
     def test_equals_the_reference(self, isa: str, threads, hidden: int, inner: int, group_size: int, gated: bool):
         matrices, layout, size = _experts(6, hidden, inner, gated, 2, group_size)
         blocks, flat = cpu.pack_experts(matrices, layout, size), [m for own in matrices for m in own]
-        for tokens in (1, 2, 5, 33, 300):
+        for tokens in (1, 5, 40, 300) if hidden == 192 else (2, 33):
             x = _random(tokens, hidden) / 40
             # ids beyond the last expert, a dropped expert, an expert twice
             index = torch.randint(0, 8, (tokens, 3), generator=torch.Generator().manual_seed(tokens))
@@ -221,7 +221,7 @@ def test_sanitizers(tmp_path: Path, sanitizer: str):
     command = [
         compiler,
         "-std=c++17",
-        "-O1",
+        "-O0",
         "-g",
         f"-fsanitize={sanitizer}",
         "-DMCMOE_STD_THREADS",
