@@ -124,6 +124,12 @@ class TestPackedLinear:
         assert y.shape == expected.shape
         assert not y.numel() or relative_rms(y, expected) <= 1e-6
 
+    def test_made_in_inference_mode(self):
+        with torch.inference_mode():
+            linear, x = copy.deepcopy(self._linear(3)), torch.randn(2, 100)
+            assert linear.weight.is_inference()
+            assert relative_rms(linear(x), functional.linear(x, linear.dequantize(torch.float32))) <= 1e-6
+
     def test_dtype_follows_the_input(self):
         linear = self._linear(4, bias=torch.float32)
         x = torch.randn(5, 100, dtype=torch.bfloat16)

@@ -261,7 +261,8 @@ def _stamp(*linears: PackedLinear) -> tuple[int, ...] | None:
             or not cpu.packs(weight, linear.bits)
         ):
             return None
-        stamp += (weight.data_ptr(), weight._version)
+        # tensors made in inference mode count no writes
+        stamp += (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
     return tuple(stamp)
 
 

@@ -37,8 +37,6 @@ const Candidate CANDIDATES[] = {
      }},
     {avx512_kernels, [] { return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"); }},
     {avx2_kernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
-#elif defined(__aarch64__)
-    {neon_kernels, [] { return true; }},
 #endif
     {scalar_kernels, [] { return true; }},
 };
