@@ -155,7 +155,9 @@ class TestMoe:
             index = torch.randint(0, 8, (tokens, 3), generator=torch.Generator().manual_seed(tokens))
             weights = _random(tokens, 3, seed=1)
             options = (inner, "silu", gated)
-            expected = reference.moe_mlp(x.double(), index, weights.double(), flat, layout, ([], []), *options)
+            expected = reference.moe_mlp(
+                x.double(), index, weights.double(), reference.Layer(flat, layout, [], [], *options)
+            )
             threads(1)
             y = cpu.moe_mlp(x, index, weights, blocks, layout, *options)
             assert relative_rms(y, expected) <= 2e-6
@@ -171,7 +173,9 @@ class TestMoe:
             x, weights = (_random(tokens, 256) / 40).to(dtype), torch.rand(tokens, 2)
             index = torch.stack((torch.arange(tokens) % 5, torch.full((tokens,), 3)), dim=1)
             y = cpu.moe_mlp(x, index, weights, blocks, layout, 384, "silu", True)
-            expected = reference.moe_mlp(x.double(), index, weights, flat, layout, ([], []), 384, "silu", True)
+            expected = reference.moe_mlp(
+                x.double(), index, weights, reference.Layer(flat, layout, [], [], 384, "silu", True)
+            )
             assert y.dtype == dtype
             assert relative_rms(y, expected) <= (2e-2 if mode == "int8" else 2e-6 + 2.5 * ROUNDING[dtype])
 
@@ -181,7 +185,9 @@ class TestMoe:
         blocks, flat = cpu.pack_experts(matrices, layout, size), [m for own in matrices for m in own]
         x, index, weights = _random(4, 64), torch.tensor([[0, 1]] * 4), torch.rand(4, 2)
         y = cpu.moe_mlp(x, index, weights, blocks, layout, 64, activation, True)
-        expected = reference.moe_mlp(x.double(), index, weights, flat, layout, ([], []), 64, activation, True)
+        expected = reference.moe_mlp(
+            x.double(), index, weights, reference.Layer(flat, layout, [], [], 64, activation, True)
+        )
         assert relative_rms(y, expected) <= 2e-6
 
     def test_nobody_is_routed(self, isa: str):

@@ -109,8 +109,8 @@ def _moe_mlp(
 ) -> Tensor:
     if blocks is not None and not low_rank_a and cpu.takes(x):
         return cpu.moe_mlp(x, index, weights, blocks, layout, inner, activation, gated)
-    low_rank = low_rank_a, low_rank_b
-    return reference.moe_mlp(x, index, weights, qweights, layout, low_rank, inner, activation, gated)
+    layer = reference.Layer(qweights, layout, low_rank_a, low_rank_b, inner, activation, gated)
+    return reference.moe_mlp(x, index, weights, layer)
 
 
 def _moe_mlp_fake(x: Tensor, index: Tensor, *rest: Any) -> Tensor:
@@ -137,22 +137,9 @@ def _moe_mlp_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
 
 def _moe_mlp_gradients(
-    gradient: Tensor,
-    x: Tensor,
-    index: Tensor,
-    weights: Tensor,
-    qweights: list[Tensor],
-    layout: Tensor,
-    low_rank_a: list[Tensor],
-    low_rank_b: list[Tensor],
-    inner: int,
-    activation: str,
-    gated: bool,
+    gradient: Tensor, x: Tensor, index: Tensor, weights: Tensor, *layer: Any
 ) -> tuple[Tensor, Tensor]:
-    low_rank = low_rank_a, low_rank_b
-    return reference.moe_mlp_gradients(
-        gradient, x, index, weights, qweights, layout, low_rank, inner, activation, gated
-    )
+    return reference.moe_mlp_gradients(gradient, x, index, weights, reference.Layer(*layer))
 
 
 def _moe_mlp_gradients_fake(gradient: Tensor, x: Tensor, index: Tensor, weights: Tensor, *rest: Any) -> Any:

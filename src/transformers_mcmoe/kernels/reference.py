@@ -7,6 +7,7 @@ Every faster backend is tested against this file. It knows nothing of dispatch o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,6 +27,19 @@ Apply = Callable[[Tensor], Tensor]
 Projections = tuple[Apply | None, Apply, Apply]
 
 
+@dataclass(frozen=True)
+class Layer:
+    """The experts of a MoE layer; the fields are arguments of `ops.moe_mlp`."""
+
+    qweights: Sequence[Tensor]
+    layout: Tensor
+    low_rank_a: Sequence[Tensor]
+    low_rank_b: Sequence[Tensor]
+    inner: int
+    activation: str
+    gated: bool
+
+
 def packed_linear(x: Tensor, qweight: Tensor, bias: Tensor | None, bits: int, in_features: int) -> Tensor:
     """`x @ W.T + bias` [.., out] with W rebuilt in fp32 and rounded to the dtype of `x`."""
     return functional.linear(x, dequantize(qweight, bits, in_features, x.dtype), bias)
@@ -40,17 +54,12 @@ def moe_mlp(
     x: Tensor,
     index: Tensor,
     weights: Tensor,
-    qweights: Sequence[Tensor],
-    layout: Tensor,
-    low_rank: tuple[Sequence[Tensor], Sequence[Tensor]],
-    inner: int,
-    activation: str,
-    gated: bool,
+    layer: Layer,
 ) -> Tensor:
     """Combined output [T, H] of a MoE layer (`ops.moe_mlp`): summed in fp32 or wider over the experts, lowest id first."""
     output = torch.zeros(x.shape, dtype=_sum_dtype(x), device=x.device)
-    for token, slot, expert in _routed(x, index, qweights, layout, low_rank, inner, gated):
-        y = _expert(x[token], expert, activation)
+    for token, slot, expert in _routed(x, index, layer):
+        y = _expert(x[token], expert, layer.activation)
         output = output.index_add(0, token, (y * weights[token, slot, None]).to(output.dtype))
     return output.to(x.dtype)
 
@@ -60,20 +69,15 @@ def moe_mlp_gradients(
     x: Tensor,
     index: Tensor,
     weights: Tensor,
-    qweights: Sequence[Tensor],
-    layout: Tensor,
-    low_rank: tuple[Sequence[Tensor], Sequence[Tensor]],
-    inner: int,
-    activation: str,
-    gated: bool,
+    layer: Layer,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `moe_mlp` with respect to `x` [T, H] and `weights` [T, K]; one expert is unpacked at a time."""
     dx = torch.zeros(x.shape, dtype=_sum_dtype(x), device=x.device)
     dweights = torch.zeros_like(weights)
-    for token, slot, expert in _routed(x, index, qweights, layout, low_rank, inner, gated):
+    for token, slot, expert in _routed(x, index, layer):
         with torch.enable_grad():
             own = x[token].detach().requires_grad_()
-            y = _expert(own, expert, activation)
+            y = _expert(own, expert, layer.activation)
         dy = gradient[token]
         scale = weights[token, slot, None]
         (down,) = torch.autograd.grad(y, own, (dy * scale).to(y.dtype))
@@ -96,16 +100,12 @@ def _expert(x: Tensor, projections: Projections, activation: str) -> Tensor:
 def _routed(
     x: Tensor,
     index: Tensor,
-    qweights: Sequence[Tensor],
-    layout: Tensor,
-    low_rank: tuple[Sequence[Tensor], Sequence[Tensor]],
-    inner: int,
-    gated: bool,
+    layer: Layer,
 ) -> Iterator[tuple[Tensor, Tensor, Projections]]:
     """Tokens, slots and matrices of every expert that some token is routed to, lowest id first."""
-    hidden, kinds = x.shape[-1], (0, 0, 1) if gated else (0, 1)
-    columns = (hidden, hidden, inner) if gated else (hidden, inner)
-    rows, starts, at = layout.tolist(), {}, 0
+    hidden, kinds = x.shape[-1], (0, 0, 1) if layer.gated else (0, 1)
+    columns = (hidden, hidden, layer.inner) if layer.gated else (hidden, layer.inner)
+    rows, starts, at = layer.layout.tolist(), {}, 0
     for expert, parts in enumerate(rows):
         if parts[0][0] >= 0:
             starts[expert] = at
@@ -114,23 +114,18 @@ def _routed(
         if expert not in starts:
             continue
         start = starts[expert]
-        applied = [
-            _matrix(qweights[start + n], rows[expert][kind][1], columns[n], low_rank, start + n)
-            for n, kind in enumerate(kinds)
-        ]
+        applied = [_matrix(layer, start + n, rows[expert][kind][1], columns[n]) for n, kind in enumerate(kinds)]
         token, slot = torch.where(index == expert)
-        yield token, slot, (applied[0] if gated else None, applied[-2], applied[-1])
+        yield token, slot, (applied[0] if layer.gated else None, applied[-2], applied[-1])
 
 
-def _matrix(
-    qweight: Tensor, bits: int, in_features: int, low_rank: tuple[Sequence[Tensor], Sequence[Tensor]], n: int
-) -> Apply:
+def _matrix(layer: Layer, n: int, bits: int, in_features: int) -> Apply:
     def apply(x: Tensor) -> Tensor:
         parts = []
         if bits:
-            parts.append(functional.linear(x, dequantize(qweight, bits, in_features, x.dtype)))
-        if low_rank[0] and low_rank[0][n].numel():
-            a, b = (factors[n].to(x.dtype) for factors in low_rank)
+            parts.append(functional.linear(x, dequantize(layer.qweights[n], bits, in_features, x.dtype)))
+        if layer.low_rank_a and layer.low_rank_a[n].numel():
+            a, b = layer.low_rank_a[n].to(x.dtype), layer.low_rank_b[n].to(x.dtype)
             parts.append(functional.linear(functional.linear(x, a), b))
         return sum(parts[1:], parts[0])
 
