@@ -211,57 +211,12 @@ void dot_int8(const uint8_t* records, int groups, int units, const int32_t* x, c
   }
 }
 
-template <class V, int B, int T>
-void dot_fp32(const uint8_t* records, int groups, int units, const int32_t* x, const float*, const float* xz,
-              float* y) {
+// Sums in fp32. unit(p, add) calls add(d, values) with the codes of a unit at p that meet the d-th of the unit's DWORDS
+// dwords of activations; multiply(sum, value, a) adds one product.
+template <class V, int B, int T, int DWORDS, class Multiply, class Unit>
+MCMOE_INLINE void dot_float(const uint8_t* records, int groups, int units, const int32_t* x, const float* xz, float* y,
+                            Multiply multiply, Unit unit) {
   const int codes_bytes = units * 128 * B, stride = codes_bytes + 4 * ROWS;
-  for (int part = 0; part < ROWS / V::L; part += V::parts) {
-    Rows<V, T> rows;
-    const uint8_t* record = records;
-    const float* a = reinterpret_cast<const float*>(x);
-    constexpr int COPIES = T > 2 ? 1 : 4 / T;
-    for (int g = 0; g < groups; g++, record += stride) {
-      typename V::F sums[COPIES][T][V::parts];
-      MCMOE_EACH(c, COPIES) {
-        MCMOE_EACH(t, T) {
-          MCMOE_EACH(q, V::parts) { sums[c][t][q] = V::zero(); }
-        }
-      }
-      if (part == 0) prefetch(record + codes_bytes, 4 * ROWS);
-      for (int u = 0; u < units; u++, a += 32 * T) {
-        const uint8_t* p[V::parts];
-        unit_of<V, B>(record, u, part, p);
-        if (part == 0) prefetch(p[0], 128 * B);
-        raw_codes<V, B>(p, [&](auto j, auto& w) MCMOE_LAMBDA {
-          unroll<4>([&](auto b) MCMOE_LAMBDA {
-            typename V::F value[V::parts];
-            MCMOE_EACH(q, V::parts) { value[q] = V::template byte_to_float<B, decltype(b)::value>(w[q]); }
-            MCMOE_EACH(t, T) {
-              const auto xk = V::set1(a[(4 * j + b) * T + t]);
-              MCMOE_EACH(q, V::parts) {
-                auto& s = sums[b % COPIES][t][q];
-                s = V::fma(value[q], xk, s);
-              }
-            }
-          });
-        });
-      }
-      rows.add(record + codes_bytes, part, xz + g * T, [&](auto t, auto q) MCMOE_LAMBDA {
-        auto sum = sums[0][t][q];
-        MCMOE_EACH(c, COPIES - 1) { sum = V::fadd(sum, sums[c + 1][t][q]); }
-        return sum;
-      });
-    }
-    rows.store(y, part);
-  }
-}
-
-// Pairs of bf16: a dword of activations holds columns (4j, 4j + 2) or (4j + 1, 4j + 3).
-template <class V, int B, int T>
-void dot_bf16(const uint8_t* records, int groups, int units, const int32_t* x, const float*, const float* xz,
-              float* y) {
-  const int codes_bytes = units * 128 * B, stride = codes_bytes + 4 * ROWS;
-  const auto table = V::template bf16_table<B>();
   for (int part = 0; part < ROWS / V::L; part += V::parts) {
     Rows<V, T> rows;
     const uint8_t* record = records;
@@ -275,28 +230,17 @@ void dot_bf16(const uint8_t* records, int groups, int units, const int32_t* x, c
         }
       }
       if (part == 0) prefetch(record + codes_bytes, 4 * ROWS);
-      for (int u = 0; u < units; u++, a += 16 * T) {
+      for (int u = 0; u < units; u++, a += DWORDS * T) {
         const uint8_t* p[V::parts];
         unit_of<V, B>(record, u, part, p);
         if (part == 0) prefetch(p[0], 128 * B);
-        raw_codes<V, B>(p, [&](auto j, auto& w) MCMOE_LAMBDA {
-          unroll<2>([&](auto h) MCMOE_LAMBDA {
-            constexpr int COPY = (2 * (int)j + (int)h) % COPIES;
-            // 8-bit codes: the high nibble's table holds multiples of 16
-            unroll<(B == 8 ? 2 : 1)>([&](auto n) MCMOE_LAMBDA {
-              typename V::I value[V::parts];
-              MCMOE_EACH(q, V::parts) {
-                value[q] = V::template bf16_codes<B, decltype(h)::value, decltype(n)::value>(w[q], table);
-              }
-              MCMOE_EACH(t, T) {
-                const auto b = V::broadcast(a + (2 * j + h) * T + t);
-                MCMOE_EACH(q, V::parts) {
-                  auto& s = sums[COPY][t][q];
-                  s = V::dot_bf16(s, value[q], b);
-                }
-              }
-            });
-          });
+        unit(p, [&](int d, const auto& value) MCMOE_LAMBDA {
+          MCMOE_EACH(t, T) {
+            MCMOE_EACH(q, V::parts) {
+              auto& s = sums[d % COPIES][t][q];
+              s = multiply(s, value[q], a + d * T + t);
+            }
+          }
         });
       }
       rows.add(record + codes_bytes, part, xz + g * T, [&](auto t, auto q) MCMOE_LAMBDA {
@@ -307,6 +251,49 @@ void dot_bf16(const uint8_t* records, int groups, int units, const int32_t* x, c
     }
     rows.store(y, part);
   }
+}
+
+template <class V, int B, int T>
+void dot_fp32(const uint8_t* records, int groups, int units, const int32_t* x, const float*, const float* xz,
+              float* y) {
+  auto multiply = [](auto sum, auto value, const int32_t* a) MCMOE_LAMBDA {
+    float b;
+    memcpy(&b, a, 4);
+    return V::fma(value, V::set1(b), sum);
+  };
+  dot_float<V, B, T, 32>(records, groups, units, x, xz, y, multiply, [](auto& p, auto add) MCMOE_LAMBDA {
+    raw_codes<V, B>(p, [&](auto j, auto& w) MCMOE_LAMBDA {
+      unroll<4>([&](auto b) MCMOE_LAMBDA {
+        typename V::F value[V::parts];
+        MCMOE_EACH(q, V::parts) { value[q] = V::template byte_to_float<B, decltype(b)::value>(w[q]); }
+        add(4 * j + b, value);
+      });
+    });
+  });
+}
+
+// Pairs of bf16: a dword of activations holds columns (4j, 4j + 2) or (4j + 1, 4j + 3).
+template <class V, int B, int T>
+void dot_bf16(const uint8_t* records, int groups, int units, const int32_t* x, const float*, const float* xz,
+              float* y) {
+  const auto table = V::template bf16_table<B>();
+  auto multiply = [](auto sum, auto value, const int32_t* a) MCMOE_LAMBDA {
+    return V::dot_bf16(sum, value, V::broadcast(a));
+  };
+  dot_float<V, B, T, 16>(records, groups, units, x, xz, y, multiply, [&](auto& p, auto add) MCMOE_LAMBDA {
+    raw_codes<V, B>(p, [&](auto j, auto& w) MCMOE_LAMBDA {
+      unroll<2>([&](auto h) MCMOE_LAMBDA {
+        // 8-bit codes: the high nibble's table holds multiples of 16
+        unroll<(B == 8 ? 2 : 1)>([&](auto n) MCMOE_LAMBDA {
+          typename V::I value[V::parts];
+          MCMOE_EACH(q, V::parts) {
+            value[q] = V::template bf16_codes<B, decltype(h)::value, decltype(n)::value>(w[q], table);
+          }
+          add(2 * j + h, value);
+        });
+      });
+    });
+  });
 }
 
 template <class V, Mode M, int B, int T>

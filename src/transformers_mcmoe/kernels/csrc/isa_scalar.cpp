@@ -2,6 +2,7 @@
 // Any processor: plain loops, one token at a time, which the compiler may make vectors of.
 #define MCMOE_LAMBDA
 #include "dot.h"
+#include "drive.h"
 
 namespace mcmoe {
 namespace {
@@ -9,16 +10,7 @@ namespace {
 float half(const uint8_t* p) {
   uint16_t h;
   memcpy(&h, p, 2);
-  // moved to where fp32 has its bits, a half is 2^112 times too small; infinities and NaN get the top exponent
-  uint32_t bits = (h & 0x7fffu) << 13;
-  float value;
-  memcpy(&value, &bits, 4);
-  value *= 5.192296858534828e33f;
-  memcpy(&bits, &value, 4);
-  if ((h & 0x7fffu) >= 0x7c00u) bits |= 0x7f800000u;
-  bits |= (h & 0x8000u) << 16;
-  memcpy(&value, &bits, 4);
-  return value;
+  return half_to_float(h);
 }
 
 // Codes of columns 4j .. 4j + 3 of a row, one per byte; `lines` at the row's dword in the first line of the unit.
