@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers_mcmoe.kernels import cpu, ops
+import torch
+
+from transformers_mcmoe.kernels import cpu, gpu, ops
 
 __all__ = ["backend_info", "ops"]
 
@@ -15,12 +17,12 @@ def backend_info() -> dict[str, Any]:
 
     Returns:
         "cpu": "compiled" or "reference" (no compiled kernels, or MCMOE_ISA=reference); "instruction_set" in use;
-        "instruction_sets" that this machine runs, best first; "mode": "exact" or "int8"; "other_devices": "reference".
+        "instruction_sets" that this machine runs, best first; "mode": "exact" or "int8"; "gpu": "triton" or "reference".
     """
     return {
         "cpu": "reference" if cpu.library() is None else "compiled",
         "instruction_set": cpu.instruction_set(),
         "instruction_sets": cpu.instruction_sets(),
         "mode": cpu.mode(),
-        "other_devices": "reference",
+        "gpu": "reference" if gpu.backend(torch.device("cuda")) is None else "triton",
     }

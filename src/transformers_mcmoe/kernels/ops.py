@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Schemas, fake implementations, gradients and dispatch of `torch.ops.mcmoe.*`; the mathematics is in `reference`.
 
-Codes are fixed: gradients go to inputs, biases and routing weights, never to packed matrices. On CPU the compiled
-kernels serve where they can (`cpu`), elsewhere the reference.
+Codes are fixed: gradients go to inputs, biases and routing weights, never to packed matrices. The compiled kernels
+(`cpu`) or those in Triton (`gpu`) serve where they can, elsewhere the reference; gradients are the reference's.
 
 packed_linear(x, qweight, bias, bits, in_features, blocks) -> Tensor
     Linear layer over a packed matrix.
@@ -12,7 +12,7 @@ packed_linear(x, qweight, bias, bits, in_features, blocks) -> Tensor
     bias: [out] in the dtype of `x`, or None.
     bits: code width, 1, 2, 3, 4 or 8.
     in_features: columns of the matrix before padding.
-    blocks: the same matrix in the layout of the CPU kernels, or None: it is then repacked for this call.
+    blocks: the same matrix in the layout of the CPU kernels, or None: on CPU it is then repacked for this call.
     Returns [.., out] in the dtype of `x`.
 
 moe_mlp(x, index, weights, qweights, layout, blocks, low_rank_a, low_rank_b, inner, activation, gated) -> Tensor
@@ -25,7 +25,8 @@ moe_mlp(x, index, weights, qweights, layout, blocks, low_rank_a, low_rank_b, inn
         `blocks` is given and no gradient is wanted.
     layout: [E, 2, 3] int64 on CPU, for gate_up and down of each expert: offset in `blocks` (-1: dropped), code width
         (0: no base matrix), group size.
-    blocks: [bytes] uint8, all experts in the layout of the CPU kernels (`cpu.pack_experts`), or None.
+    blocks: [bytes] uint8, all experts in the layout of the device's kernels (`pack_experts` of `cpu` or `triton`), or
+        None.
     low_rank_a, low_rank_b: one [r, in] and [out, r] for each of `qweights`, empty tensors where a matrix has none; or
         empty lists.
     inner: I, the experts' inner size.
@@ -44,7 +45,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformers_mcmoe.kernels import cpu, reference
+from transformers_mcmoe.kernels import cpu, gpu, reference
 
 _SCHEMAS = (
     "packed_linear(Tensor x, Tensor qweight, Tensor? bias, int bits, int in_features, Tensor? blocks=None) -> Tensor",
@@ -64,6 +65,9 @@ def _packed_linear(
 ) -> Tensor:
     if x.shape[-1] != in_features:
         raise RuntimeError(f"x has {x.shape[-1]} columns, the matrix has {in_features}.")
+    device = gpu.backend(x.device)
+    if device is not None and device.takes(x) and device.packs(qweight, bits):
+        return device.packed_linear(x, qweight, bias, bits, in_features)
     if not cpu.takes(x) or not cpu.packs(qweight, bits):
         return reference.packed_linear(x, qweight, bias, bits, in_features)
     if blocks is None:
@@ -107,8 +111,10 @@ def _moe_mlp(
     activation: str,
     gated: bool,
 ) -> Tensor:
-    if blocks is not None and not low_rank_a and cpu.takes(x):
-        return cpu.moe_mlp(x, index, weights, blocks, layout, inner, activation, gated)
+    if blocks is not None and not low_rank_a:
+        device = gpu.backend(x.device) or cpu
+        if device.takes(x):
+            return device.moe_mlp(x, index, weights, blocks, layout, inner, activation, gated)
     layer = reference.Layer(qweights, layout, low_rank_a, low_rank_b, inner, activation, gated)
     return reference.moe_mlp(x, index, weights, layer)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from transformers_mcmoe.kernels import cpu, ops
+from transformers_mcmoe.kernels import cpu, gpu, ops
 from transformers_mcmoe.models.experts import FusedExperts
 from transformers_mcmoe.plan import ExpertWidths
 from transformers_mcmoe.quantization.packing import dequantize, packed_shape
@@ -73,7 +73,7 @@ class PackedLinear(nn.Module):
     @torch.compiler.assume_constant_result  # runs while torch.compile traces, too
     def _repack(self) -> None:
         """Make `_blocks`, the matrix in the layout of this machine's kernels, at first use and when it has changed."""
-        stamp = None if _is_offloaded(self) else _stamp(self)
+        stamp = None if _is_offloaded(self) or gpu.backend(self.weight.device) else _stamp(self)  # type: ignore[union-attr]
         if stamp != self._stamp:
             self._stamp = stamp
             self._blocks = None if stamp is None else cpu.pack_matrix(self.weight, self.bits)  # type: ignore[arg-type]
@@ -184,7 +184,7 @@ class PackedExperts(nn.Module):
         x, index, weights = self._experts.route(hidden_states, *args)
         graded = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
         # gathering hundreds of tensors can take longer than the layer
-        needed = graded or self._blocks is None or not cpu.takes(x)
+        needed = graded or self._blocks is None or not (gpu.backend(x.device) or cpu).takes(x)
         qweights = [matrix for matrices in self._matrices() for matrix in matrices] if needed else []
         inner = self._experts.projections[-1].in_features
         output = ops.moe_mlp(
@@ -217,9 +217,21 @@ class PackedExperts(nn.Module):
         if stamp != self._stamp:
             self._stamp, self._blocks = stamp, None
             if stamp is not None:
-                matrices = self._matrices()
-                self._blocks = cpu.pack_experts(matrices, self._layout, self._arena_bytes)
+                self._pack(ends)
         return True
+
+    def _pack(self, ends: list[PackedLinear]) -> None:
+        """Make `_blocks`; on a GPU the parameters become parts of it, as memory is short there."""
+        matrices = self._matrices()
+        device = gpu.backend(ends[0].weight.device)  # type: ignore[union-attr]
+        if device is None:
+            self._blocks = cpu.pack_experts(matrices, self._layout, self._arena_bytes)
+            return
+        self._blocks = device.pack_experts(matrices, self._layout)
+        for own, views in zip(matrices, device.views(matrices, self._blocks), strict=True):
+            for matrix, view in zip(own, views, strict=True):
+                matrix.data = view
+        self._stamp = _stamp(*ends)
 
     def _run(self, expert: int, x: Tensor) -> Tensor | None:
         if not self.widths.gate_up[expert]:
@@ -250,16 +262,14 @@ class PackedExperts(nn.Module):
 
 
 def _stamp(*linears: PackedLinear) -> tuple[int, ...] | None:
-    """What changes when the bytes of matrices do; None where the CPU kernels do not serve them."""
+    """What changes when the bytes of matrices do; None where no kernels serve them."""
     stamp: list[int] = []
     for linear in linears:
         weight = linear.weight
-        if (
-            weight is None
-            or weight.device.type != "cpu"
-            or isinstance(weight, FakeTensor)
-            or not cpu.packs(weight, linear.bits)
-        ):
+        if weight is None or weight.is_meta or isinstance(weight, FakeTensor):
+            return None
+        device = gpu.backend(weight.device) or (cpu if weight.device.type == "cpu" else None)
+        if device is None or not device.packs(weight, linear.bits):
             return None
         # tensors made in inference mode count no writes
         stamp += (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
