@@ -24,9 +24,8 @@ DOCS = Path(__file__).parent.parent / "docs" / "quality.md"
 BASE: dict[str, Any] = {"expert_bits": (1, 2, 3, 4)}
 ROWS: dict[str, dict[str, Any]] = {
     "PMQ": BASE,
-    "PMQ, one budget for the model": BASE | {"budget": "model"},
+    "PMQ, a budget per layer": BASE | {"budget": "layer"},
     "PMQ, exponents 1, 1.5, 2": BASE | {"alpha": 1.0, "beta": 1.5},
-    "PMQ, exponents 1, 1.5, 2, one budget for the model": BASE | {"alpha": 1.0, "beta": 1.5, "budget": "model"},
     "uniform": BASE | {"allocation": "uniform"},
     "paper preset": {"preset": "paper"},
     "f_norm": BASE | {"allocation": "f_norm"},
@@ -34,7 +33,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "frequency": BASE | {"allocation": "frequency"},
     "routing_weight": BASE | {"allocation": "routing_weight"},
     "random": BASE | {"allocation": "random"},
-    "bsp": {"allocation": "bsp", "expert_bits": (2, 4), "budget": "model"},
+    "bsp": {"allocation": "bsp", "expert_bits": (2, 4)},
+    "bsp, 1 and 2 bits": {"allocation": "bsp", "expert_bits": (1, 2)},
     "PMQ, rounded to nearest": BASE | {"rounding": "nearest"},
     "uniform, rounded to nearest": BASE | {"allocation": "uniform", "rounding": "nearest"},
     "all experts at 2 bits": {"allocation": "uniform", "expert_bits": (2,)},

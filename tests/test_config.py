@@ -24,7 +24,7 @@ OPTIONS: dict[str, Any] = {
     "attention_bits": 8,
     "shared_expert_bits": 16,
     "group_size": 64,
-    "budget": "model",
+    "budget": "layer",
     "allocation": "frequency",
     "alpha": 0.5,
     "beta": 2,
@@ -57,7 +57,7 @@ def test_defaults():
         "attention_bits": 4,
         "shared_expert_bits": 4,
         "group_size": 128,
-        "budget": "layer",
+        "budget": "model",
         "allocation": "pmq",
         "alpha": 0.0,
         "beta": 0.0,
@@ -79,6 +79,26 @@ def test_defaults():
         "seed": 0,
         "plan": None,
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "budget"),
+    [
+        ({}, "model"),
+        ({"rounding": "nearest"}, "model"),
+        ({"allocation": "bsp", "expert_bits": (2, 4)}, "model"),
+        ({"allocation": "uniform"}, "layer"),
+        ({"allocation": "f_norm"}, "layer"),
+        ({"eps": "nearest"}, "layer"),
+        ({"preset": "paper"}, "layer"),
+        ({"budget": "layer"}, "layer"),
+        ({"allocation": "frequency", "budget": "model"}, "model"),
+    ],
+)
+def test_budget(options: dict[str, Any], budget: str):
+    config = MCMoEConfig(**options)
+    assert config.budget == budget
+    assert MCMoEConfig.from_dict(config.to_dict()).budget == budget
 
 
 @pytest.mark.parametrize("options", [{}, OPTIONS, {"bits": 3, "dataset": {"path": "org/name", "field": "content"}}])

@@ -26,7 +26,7 @@ def dense(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(dense):
-    return compression_report(compressed(dense, quick_config(**CALIBRATION)))
+    return compression_report(compressed(dense, quick_config(**CALIBRATION, budget="layer")))
 
 
 def _total(report, path):

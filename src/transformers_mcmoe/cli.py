@@ -44,8 +44,8 @@ def compress(
     bits: Annotated[float, typer.Option(help="Average bits over all quantized weights.")] = 2.54,
     dataset: Annotated[str | None, typer.Option(help="Calibration text: Hub id or local file. Default: C4.")] = None,
     budget: Annotated[
-        Literal["layer", "model"], typer.Option(help="One budget per layer or for the model.")
-    ] = "layer",
+        Literal["layer", "model"] | None, typer.Option(help="One budget per layer or for the model.")
+    ] = None,
     allocation: Annotated[str, typer.Option(help=", ".join(a for a in ALLOCATIONS if a != "bsp") + ".")] = "pmq",
     num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 2048,

@@ -64,10 +64,11 @@ class MCMoEConfig(QuantizationConfigMixin):
         group_size: most columns that share a scale, a multiple of 32; the largest multiple of 32 that divides a
             matrix's in_features is taken.
         budget: "layer" gives every layer the same bits per expert weight (the papers); "model" spends one budget
-            over all layers (two streamed passes).
+            over all layers (two streamed passes). Default: "model" where costs of layers compare, that is for "pmq" with
+            eps="final" and for "bsp"; else "layer".
         allocation: "pmq" (significance phi^alpha * w^beta * eps^gamma, arXiv 2410.06270) or a baseline: "uniform",
             "random", "frequency", "routing_weight", "f_norm", "hessian" (HAWQ), or "bsp" (whole layers at one of two
-            expert_bits by their block score; needs budget="model").
+            expert_bits by their block score).
         alpha: exponent of the routing frequency phi. 0 here, 1 in the paper: eps already sums over the tokens routed
             to an expert, each with its routing weight (docs/quantization.md has what the factors cost).
         beta: exponent of the routing weight w; 0 here, 1.5 in the paper.
@@ -110,7 +111,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         attention_bits: int = 4,
         shared_expert_bits: int = 4,
         group_size: int = 128,
-        budget: str = "layer",
+        budget: str | None = None,
         allocation: str = "pmq",
         alpha: float = 0.0,
         beta: float = 0.0,
@@ -168,6 +169,8 @@ class MCMoEConfig(QuantizationConfigMixin):
         self.progress = progress
         _refuse_reserved(reserved)
         self._apply_preset()
+        if self.budget is None:
+            self.budget = "model" if self.relative_errors or allocation == "bsp" else "layer"
         self._validate()
 
     @property
@@ -182,7 +185,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         defaults = inspect.signature(MCMoEConfig.__init__).parameters
         for name, value in PRESETS[self.preset].items():
             given, default = getattr(self, name), defaults[name].default
-            if given != value and given != ({} if default is None else default):
+            if given not in (value, default, {}):
                 raise ValueError(
                     f"preset={self.preset!r} sets {name}={value!r}, but {name}={given!r} is given; drop one."
                 )
