@@ -218,25 +218,36 @@ def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch):
     assert cpu.instruction_set() == before
 
 
+# what every build has, and a main that checks it without Python
+SOURCES = [str(CSRC / f"{name}.cpp") for name in ("api", "drive", "layout", "linear", "moe", "isa_scalar", "selftest")]
+
+
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_sanitizers(tmp_path: Path, sanitizer: str):
-    """The C++ sources with a main of their own, under a sanitizer: drivers, layout and the plain kernels."""
+    """Drivers, layout and the plain kernels under a sanitizer."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    command = [
-        compiler,
-        "-std=c++17",
-        "-O0",
-        "-g",
-        f"-fsanitize={sanitizer}",
-        "-DMCMOE_STD_THREADS",
-        "-DMCMOE_ONLY_SCALAR",
-    ]
-    sources = [
-        str(CSRC / name) for name in ("api.cpp", "drive.cpp", "layout.cpp", "linear.cpp", "moe.cpp", "isa_scalar.cpp")
-    ]
-    program = tmp_path / "sanitized"
-    subprocess.run([*command, *sources, str(CSRC / "sanitized.cpp"), "-lpthread", "-o", str(program)], check=True)
+    flags = ["-std=c++17", "-O0", "-g", f"-fsanitize={sanitizer}", "-DMCMOE_STD_THREADS", "-DMCMOE_ONLY_SCALAR"]
+    program = tmp_path / "selftest"
+    subprocess.run([compiler, *flags, *SOURCES, "-lpthread", "-o", str(program)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_neon(tmp_path: Path):
+    """The ARM kernels on an emulated processor."""
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if compiler is None or emulator is None:
+        pytest.skip("no ARM compiler or emulator: apt install g++-aarch64-linux-gnu qemu-user")
+    flags = ["-std=c++17", "-O1", "-DMCMOE_STD_THREADS"]
+    objects = []
+    for source in [*SOURCES, str(CSRC / "isa_neon.cpp")]:
+        own = ["-march=armv8.2-a+dotprod"] if "neon" in source else []
+        objects.append(str(tmp_path / f"{Path(source).stem}.o"))
+        subprocess.run([compiler, *flags, *own, "-c", source, "-o", objects[-1]], check=True)
+    program = tmp_path / "selftest"
+    subprocess.run([compiler, "-static", *objects, "-lpthread", "-o", str(program)], check=True)
+    for name in ("neon", "scalar"):
+        done = subprocess.run([emulator, "-cpu", "max", str(program), name], capture_output=True, text=True)
+        assert done.returncode == 0, name + done.stderr[-3000:]

@@ -9,6 +9,9 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
 #endif
 
 namespace mcmoe {
@@ -37,6 +40,16 @@ const Candidate CANDIDATES[] = {
      }},
     {avx512_kernels, [] { return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"); }},
     {avx2_kernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+#if defined(__aarch64__) && !defined(MCMOE_ONLY_SCALAR)
+    {neon_kernels,
+     [] {
+#if defined(__linux__)
+       return (getauxval(AT_HWCAP) & (1 << 20)) != 0;  // HWCAP_ASIMDDP: the byte dot product
+#else
+       return true;  // every Apple processor of this kind has it
+#endif
+     }},
 #endif
     {scalar_kernels, [] { return true; }},
 };

@@ -42,6 +42,7 @@ const Kernels* avx512_bf16_kernels();
 const Kernels* avx512_vnni_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
+const Kernels* neon_kernels();
 const Kernels* scalar_kernels();
 
 }  // namespace mcmoe

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A program for the sanitizers (tests/test_kernels.py): every width, group size and tile, with exactly as much memory as
-// the layout says, on two threads, against a plain computation from the packed bytes.
+// A program that checks the kernels without Python, for the sanitizers and for emulated processors (tests/test_kernels.py):
+// every width, group size and tile, with exactly as much memory as the layout says, on two threads, against a plain
+// computation from the packed bytes.
 #include <math.h>
 #include <stdio.h>
 
@@ -139,8 +140,9 @@ void layer(bool gated) {
 
 }  // namespace
 
-int main() {
-  if (!mcmoe_select(nullptr)) return 2;
+// The instruction set may be named; by default it is the best.
+int main(int count, char** words) {
+  if (!mcmoe_select(count > 1 ? words[1] : nullptr)) return 2;
   linears();
   layer(true);
   layer(false);
