@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
-import torch
-
-from transformers_mcmoe.kernels import cpu, gpu, ops
+from transformers_mcmoe.kernels import cpu, ops
 
 __all__ = ["backend_info", "ops"]
 
@@ -24,5 +23,5 @@ def backend_info() -> dict[str, Any]:
         "instruction_set": cpu.instruction_set(),
         "instruction_sets": cpu.instruction_sets(),
         "mode": cpu.mode(),
-        "gpu": "reference" if gpu.backend(torch.device("cuda")) is None else "triton",
+        "gpu": "triton" if find_spec("triton") else "reference",
     }

@@ -28,6 +28,13 @@ struct Candidate {
 const Candidate CANDIDATES[] = {
 #if defined(MCMOE_ONLY_SCALAR)  // the program of the sanitizers
 #elif defined(__x86_64__)
+#if defined(MCMOE_AMX)
+    {amx_kernels,
+     [] {
+       return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
+              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && amx_runs();
+     }},
+#endif
     {avx512_bf16_kernels,
      [] {
        return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&

@@ -2,7 +2,7 @@
 // Dot products of packed records with prepared activations, for any vector type V; included once by each isa_*.cpp.
 //
 // A group's value is scale * (sum_k code_k * x_k - zero * sum_k x_k): codes stay integers, the grid enters once a group.
-// Everything is in an unnamed namespace and nothing of the standard library is used: two files compiled for different
+// Everything is in an unnamed namespace and of the standard library only memcpy is used: two files compiled for different
 // instruction sets must not share a function.
 #pragma once
 #include <string.h>
@@ -303,61 +303,96 @@ constexpr Dot dot() {
   if constexpr (M == BF16) return dot_bf16<V, B, T>;
 }
 
-// ---- activations
+// ---- activations, in vectors of 16 values of the compiler's own, which it cuts as the processor needs
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
+constexpr int LANES = 16, PIECE = 512;  // a piece is prepared together; groups are multiples of 32
+
+template <class To, class From>
+MCMOE_INLINE To as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+MCMOE_INLINE Floats load_floats(const float* x) {
+  Floats v;
+  memcpy(&v, x, sizeof v);
+  return v;
+}
+
+// Sum of the lanes in a fixed order.
+inline float sum_lanes(const Floats& v) {
+  float half[LANES / 2];
+  for (int l = 0; l < LANES / 2; l++) half[l] = v[l] + v[l + LANES / 2];
+  return ((half[0] + half[4]) + (half[1] + half[5])) + ((half[2] + half[6]) + (half[3] + half[7]));
+}
+
+inline void spread(const void* from, int count, int32_t* q, int stride) {
+  if (stride == 1) {
+    memcpy(q, from, 4 * static_cast<size_t>(count));
+    return;
+  }
+  for (int d = 0; d < count; d++) memcpy(q + static_cast<long>(d) * stride, static_cast<const char*>(from) + 4 * d, 4);
+}
 
 inline void prepare_int8(const float* x, int size, int32_t* q, int stride, float* xs, float* xz) {
-  float largest = 0;
-  for (int i = 0; i < size; i++) {
-    const float a = x[i] < 0 ? -x[i] : x[i];
-    largest = a > largest ? a : largest;
+  Ints most = {};  // magnitudes as integers, whose order is the same
+  for (int i = 0; i < size; i += LANES) {
+    const Ints a = as<Ints>(load_floats(x + i)) & 0x7fffffff;
+    most = a > most ? a : most;
   }
-  const float inverse = largest > 0 ? 127.f / largest : 0.f;
-  int32_t sum = 0;
-  for (int d = 0; d < size / 4; d++) {
-    int8_t bytes[4];
-    for (int b = 0; b < 4; b++) {
+  int32_t top = 0;
+  for (int l = 0; l < LANES; l++) top = most[l] > top ? most[l] : top;
+  const float largest = as<float>(top), inverse = largest > 0 ? 127.f / largest : 0.f;
+  Ints sums = {};
+  alignas(64) int8_t bytes[PIECE];
+  for (int start = 0; start < size; start += PIECE) {
+    const int n = size - start < PIECE ? size - start : PIECE;
+    for (int i = 0; i < n; i += LANES) {
       // adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even
-      const float rounded = (x[4 * d + b] * inverse + 12582912.f) - 12582912.f;
-      bytes[b] = static_cast<int8_t>(static_cast<int32_t>(rounded));
-      sum += bytes[b];
+      const Floats rounded = (load_floats(x + start + i) * inverse + 12582912.f) - 12582912.f;
+      const Ints value = __builtin_convertvector(rounded, Ints);
+      sums += value;
+      const Bytes narrow = __builtin_convertvector(value, Bytes);
+      memcpy(bytes + i, &narrow, sizeof narrow);
     }
-    memcpy(q + static_cast<long>(d) * stride, bytes, 4);
+    spread(bytes, n / 4, q + static_cast<long>(start / 4) * stride, stride);
   }
+  int32_t sum = 0;
+  for (int l = 0; l < LANES; l++) sum += sums[l];
   *xs = largest / 127.f;
   *xz = *xs * static_cast<float>(sum);
 }
 
 inline void prepare_fp32(const float* x, int size, int32_t* q, int stride, float*, float* xz) {
-  float parts[4] = {0, 0, 0, 0};
-  for (int d = 0; d < size; d++) {
-    memcpy(q + static_cast<long>(d) * stride, x + d, 4);
-    parts[d % 4] += x[d];
-  }
-  *xz = (parts[0] + parts[1]) + (parts[2] + parts[3]);
-}
-
-inline uint16_t to_bf16(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((bits >> 16) | 0x40);  // NaN
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  Floats sums = {};
+  for (int i = 0; i < size; i += LANES) sums += load_floats(x + i);
+  spread(x, size, q, stride);
+  *xz = sum_lanes(sums);
 }
 
 inline void prepare_bf16(const float* x, int size, int32_t* q, int stride, float*, float* xz) {
-  float parts[4] = {0, 0, 0, 0};
-  for (int j = 0; j < size / 4; j++) {
-    uint32_t r[4];
-    for (int b = 0; b < 4; b++) {
-      r[b] = to_bf16(x[4 * j + b]);
-      const uint32_t wide = r[b] << 16;
-      float value;
-      memcpy(&value, &wide, 4);
-      parts[b] += value;
+  Floats sums = {};
+  alignas(64) uint32_t wide[PIECE], pairs[PIECE / 2];
+  for (int start = 0; start < size; start += PIECE) {
+    const int n = size - start < PIECE ? size - start : PIECE;
+    for (int i = 0; i < n; i += LANES) {
+      const Words bits = as<Words>(load_floats(x + start + i));
+      const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+      const Words value = (bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : rounded;  // NaN stays NaN
+      sums += as<Floats>(value & 0xffff0000u);
+      memcpy(wide + i, &value, sizeof value);
     }
-    q[static_cast<long>(2 * j) * stride] = static_cast<int32_t>(r[0] | (r[2] << 16));
-    q[static_cast<long>(2 * j + 1) * stride] = static_cast<int32_t>(r[1] | (r[3] << 16));
+    for (int j = 0; j < n / 4; j++)
+      for (int h = 0; h < 2; h++) pairs[2 * j + h] = wide[4 * j + h] >> 16 | (wide[4 * j + 2 + h] & 0xffff0000u);
+    spread(pairs, n / 2, q + static_cast<long>(start / 2) * stride, stride);
   }
-  *xz = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+  *xz = sum_lanes(sums);
 }
 
 // ---- tables

@@ -57,16 +57,54 @@ void write_row(const float* x, int n, int dtype, void* to, size_t offset) {
     for (int i = 0; i < n; i++) out[i] = float_to_half(x[i]);
 }
 
-int tile_index(int mode, int bits, int rest) {
-  int index = NUM_TILES - 1;
-  while (TILES[index] > rest || kernels().dot[mode][width_index(bits)][index] == nullptr) index--;
-  return index;
+Tile Tile::choose(bool int8, int dtype, int rest, const Matrix& first, const Matrix& second) {
+  Tile tile;
+  auto has = [&](int mode, int index) {
+    const auto& dot = kernels().dot[mode];
+    if (!dot[width_index(first.bits)][index] || !dot[width_index(second.bits)][index]) return false;
+    return TILES[index] < FIRST_MATRIX_TILE || (first.units() <= MOST_UNITS && second.units() <= MOST_UNITS);
+  };
+  for (int index = NUM_TILES - 1; index >= 0; index--) {
+    tile.count = TILES[index];
+    if (tile.count > rest) continue;
+    // bf16 products where the processor has them and activations are bf16
+    tile.mode = int8 ? INT8 : dtype == BF && has(BF16, index) ? BF16 : FP32;
+    if (has(tile.mode, index)) break;
+  }
+  return tile;
 }
 
-void Tile::multiply(const Matrix& m, int mode, const uint8_t* block, float* y) const {
+Tile::Tile(const Tile& shape, const Matrix& m, float* memory)
+    : count(shape.count), mode(shape.mode), groups(m.groups()), units(m.units()) {
+  x = reinterpret_cast<int32_t*>(memory);
+  xs = memory + codes();
+  xz = xs + static_cast<size_t>(count) * groups;
+}
+
+size_t Tile::codes() const {
+  const size_t dwords_of_group = in_matrix_tiles() ? 16 * tile_steps(mode, units) : units * dwords(mode);
+  return static_cast<size_t>(count) * groups * dwords_of_group;
+}
+
+void Tile::fill(int g, int t, const float* from) const {
+  const Prepare prepare = kernels().prepare[mode];
+  float *scale = xs + g * count + t, *sum = xz + g * count + t;
+  if (!in_matrix_tiles()) {
+    prepare(from, units * UNIT, x + static_cast<size_t>(g) * units * dwords(mode) * count + t, count, scale, sum);
+    return;
+  }
+  const int steps = tile_steps(mode, units);
+  int32_t group[MOST_UNITS * 16];
+  for (int d = units * dwords(mode); d < 16 * steps; d++) group[d] = 0;  // the last step may be half full
+  prepare(from, units * UNIT, group, 1, scale, sum);
+  int32_t* to = x + (static_cast<size_t>(g) * (count / 16) + t / 16) * steps * 256 + t % 16 * 16;
+  for (int step = 0; step < steps; step++) memcpy(to + step * 256, group + 16 * step, 64);
+}
+
+void Tile::multiply(const Matrix& m, const uint8_t* block, float* y) const {
   int index = 0;
   while (TILES[index] != count) index++;
-  kernels().dot[mode][width_index(m.bits)][index](block, m.groups(), m.units(), x, xs, xz, y);
+  kernels().dot[mode][width_index(m.bits)][index](block, groups, units, x, xs, xz, y);
 }
 
 }  // namespace mcmoe

@@ -24,8 +24,9 @@ inline float bf16_to_float(uint16_t h) {
 inline uint16_t float_to_bf16(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((bits >> 16) | 0x40);  // NaN stays NaN
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const uint32_t value = (bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : rounded;  // NaN stays NaN
+  return static_cast<uint16_t>(value >> 16);
 }
 
 float half_to_float(uint16_t h);
@@ -60,36 +61,27 @@ class Buffer {
   size_t size_ = 0;
 };
 
-// The mode that runs for a mode asked for: bf16 products where the processor has them and activations are bf16.
-inline int mode_for(bool int8, int dtype) {
-  if (int8) return INT8;
-  return dtype == BF && kernels().prepare[BF16] ? BF16 : FP32;
-}
-
-// Prepared activations of a tile of T tokens: dwords [units][dwords per unit][T], then xs and xz [groups][T].
+// Prepared activations of a tile of tokens, as Dot reads them.
 struct Tile {
-  int count = 0;         // tokens
+  int count = 0, mode = FP32;  // tokens; how they are prepared
+  int groups = 0, units = 0;   // of the matrices that they meet
   int32_t* x = nullptr;
   float *xs = nullptr, *xz = nullptr;
 
-  static size_t floats(int mode, int groups, int units, int count) {  // 4-byte words it takes
-    return static_cast<size_t>(count) * groups * (static_cast<size_t>(units) * dwords(mode) + 2);
-  }
+  // The largest tile for `rest` tokens that the chosen instruction set has for all the matrices, without its memory.
+  static Tile choose(bool int8, int dtype, int rest, const Matrix& first, const Matrix& second);
+  // The same tokens, prepared for a matrix; `words` 4-byte words from `memory` on are its own.
+  Tile(const Tile& shape, const Matrix& m, float* memory = nullptr);
   Tile() = default;
-  Tile(float* memory, int mode, int groups, int units, int count_) : count(count_) {
-    x = reinterpret_cast<int32_t*>(memory);
-    xs = memory + static_cast<size_t>(count) * groups * units * dwords(mode);
-    xz = xs + static_cast<size_t>(count) * groups;
-  }
-  // Group g of token t of the tile, `size` values at `from`.
-  void fill(int mode, int units, int g, int t, const float* from) const {
-    int32_t* q = x + static_cast<size_t>(g) * units * dwords(mode) * count + t;
-    kernels().prepare[mode](from, units * UNIT, q, count, xs + g * count + t, xz + g * count + t);
-  }
-  void multiply(const Matrix& m, int mode, const uint8_t* block, float* y) const;
-};
 
-// The index in TILES of the largest tile for `rest` tokens.
-int tile_index(int mode, int bits, int rest);
+  size_t words() const { return (codes() + 2 * static_cast<size_t>(count) * groups + 15) / 16 * 16; }  // whole cache lines
+  // Group g of token t of the tile, `units * UNIT` values at `from`.
+  void fill(int g, int t, const float* from) const;
+  void multiply(const Matrix& m, const uint8_t* block, float* y) const;
+
+ private:
+  bool in_matrix_tiles() const { return count >= FIRST_MATRIX_TILE; }
+  size_t codes() const;
+};
 
 }  // namespace mcmoe

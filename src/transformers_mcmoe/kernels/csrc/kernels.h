@@ -11,8 +11,10 @@ constexpr int MODES = 3;
 // Widths that matrices may have, and the numbers of tokens that one call can take.
 constexpr int WIDTHS[] = {1, 2, 3, 4, 8};
 constexpr int NUM_WIDTHS = 5;
-constexpr int TILES[] = {1, 2, 4, 8};
-constexpr int NUM_TILES = 4;
+constexpr int TILES[] = {1, 2, 4, 8, 16, 32, 64, 128};
+constexpr int NUM_TILES = 8;
+constexpr int FIRST_MATRIX_TILE = 16;  // from here on tokens lie in matrix tiles of 16; only some processors have them
+constexpr int MOST_UNITS = 16;         // of a group, in matrix tiles
 
 // Rows of a record, and input columns of a unit of codes.
 constexpr int ROWS = 32, UNIT = 32;
@@ -20,7 +22,8 @@ constexpr int ROWS = 32, UNIT = 32;
 // Output of 32 rows for T tokens, y[T][32].
 //   records  `groups` records of the 32 rows (layout.h)
 //   units    UNITs in a group
-//   x        prepared activations, dwords interleaved over the tokens: [groups * units][dwords per unit][T]
+//   x        prepared activations, dwords interleaved over the tokens: [groups * units][dwords per unit][T]; in matrix
+//            tiles: [groups][T / 16][steps][16 tokens][16 dwords], the last step of a group filled up with zeros
 //   xs       int8 only: scale of a token's group, [groups][T]
 //   xz       sum of a token's group as the kernel sees it, [groups][T]
 using Dot = void (*)(const uint8_t* records, int groups, int units, const int32_t* x, const float* xs,
@@ -38,6 +41,11 @@ struct Kernels {
 // Dwords of prepared activations per unit.
 constexpr int dwords(int mode) { return mode == INT8 ? 8 : mode == BF16 ? 16 : 32; }
 
+// Matrix tiles of 16 dwords that hold a group's columns.
+constexpr int tile_steps(int mode, int units) { return (units * dwords(mode) + 15) / 16; }
+
+bool amx_runs();
+const Kernels* amx_kernels();
 const Kernels* avx512_bf16_kernels();
 const Kernels* avx512_vnni_kernels();
 const Kernels* avx512_kernels();

@@ -14,16 +14,19 @@ constexpr int TOKENS = 96;  // that stay in the second-level cache while a threa
 
 void linear(const Matrix& m, int rows, bool int8, const void* x, int dtype, int tokens, const float* bias, void* y,
             int threads) {
-  const int mode = mode_for(int8, dtype), groups = m.groups(), units = m.units();
-  const int padded = groups * m.group, blocks = (rows + ROWS - 1) / ROWS;
+  const int groups = m.groups(), padded = groups * m.group, blocks = (rows + ROWS - 1) / ROWS;
   thread_local Buffer memory;
   thread_local std::vector<Tile> tiles;
   tiles.clear();
-  float* at = memory.get<float>(Tile::floats(mode, groups, units, tokens));
+  size_t words = 0;
   for (int t = 0; t < tokens; t += tiles.back().count) {
-    const int count = TILES[tile_index(mode, m.bits, tokens - t)];
-    tiles.emplace_back(at, mode, groups, units, count);
-    at += Tile::floats(mode, groups, units, count);
+    tiles.emplace_back(Tile::choose(int8, dtype, tokens - t, m, m), m);
+    words += tiles.back().words();
+  }
+  float* at = memory.get<float>(words);
+  for (Tile& tile : tiles) {
+    tile = Tile(tile, m, at);
+    at += tile.words();
   }
   const int num_tiles = static_cast<int>(tiles.size());
   const Tile* tile = tiles.data();
@@ -36,7 +39,7 @@ void linear(const Matrix& m, int rows, bool int8, const void* x, int dtype, int 
     std::fill(row + m.columns, row + padded, 0.f);
     for (int t = 0; t < tile[i].count; t++) {
       read_row(x, dtype, static_cast<size_t>(start[i] + t) * m.columns, m.columns, row);
-      for (int g = 0; g < groups; g++) tile[i].fill(mode, units, g, t, row + g * m.group);
+      for (int g = 0; g < groups; g++) tile[i].fill(g, t, row + g * m.group);
     }
   };
   const bool small = tokens <= 4;  // a barrier takes longer than preparing them here
@@ -44,8 +47,10 @@ void linear(const Matrix& m, int rows, bool int8, const void* x, int dtype, int 
     for (int i = 0; i < num_tiles; i++) prepare(i);
   const double work = static_cast<double>(blocks) * m.block() * (1 + tokens / 8.0);
   threads = work < 1e5 ? 1 : std::min(threads, blocks);
-  // blocks that a thread takes at a time: some 64 KB of weights, and some for every thread
-  const int chunk = std::max(1, std::min<int>(static_cast<int>((64 << 10) / m.block()), blocks / (4 * threads)));
+  // blocks that a thread takes at a time: few enough for the second-level cache, beside the tokens that meet them, and
+  // some for every thread; more of them where many tokens are read again for each chunk
+  const int bytes = tokens > TOKENS ? 512 << 10 : 64 << 10;
+  const int chunk = std::max(1, std::min<int>(static_cast<int>(bytes / m.block()), blocks / (4 * threads)));
   const int chunks = (blocks + chunk - 1) / chunk;
 
   Team::run(threads, [&](Team& team) {
@@ -62,7 +67,7 @@ void linear(const Matrix& m, int rows, bool int8, const void* x, int dtype, int 
         for (int b = c * chunk; b < std::min(blocks, (c + 1) * chunk); b++) {
           const int row = b * ROWS, n = std::min(ROWS, rows - row);
           for (int i = first; i < last; i++) {
-            tile[i].multiply(m, mode, m.blocks + b * m.block(), out);
+            tile[i].multiply(m, m.blocks + b * m.block(), out);
             for (int t = 0; t < tile[i].count; t++) {
               float* values = out + ROWS * t;
               if (bias)

@@ -37,7 +37,7 @@ float activate(float v, int activation) {
 class Layer {
  public:
   Layer(const Expert* experts, int num_experts, const MoeShape& shape, bool int8, int dtype)
-      : experts_(experts), num_experts_(num_experts), shape_(shape), mode_(mode_for(int8, dtype)), dtype_(dtype) {}
+      : experts_(experts), num_experts_(num_experts), shape_(shape), int8_(int8), dtype_(dtype) {}
 
   void run(const void* x, size_t first, int tokens, const int64_t* index, const float* weights, void* out,
            int threads);
@@ -53,7 +53,8 @@ class Layer {
   const Expert* experts_;
   const int num_experts_;
   const MoeShape shape_;
-  const int mode_, dtype_;
+  const bool int8_;
+  const int dtype_;
   std::vector<int> start_;          // [E + 1], slots of an expert
   std::vector<int> token_;          // [slots], sorted by expert, then token
   std::vector<float> weight_;       // [slots]
@@ -87,26 +88,20 @@ void Layer::make_tiles(Buffer& memory) {
   for (int e = 0; e < num_experts_; e++) {
     const Expert& expert = experts_[e];
     for (int s = start_[e]; s < start_[e + 1];) {
-      const int rest = start_[e + 1] - s;
-      const int index = std::min(tile_index(mode_, expert.gate_up.bits, rest), tile_index(mode_, expert.down.bits, rest));
-      ExpertTile tile{e, s, {}, {}};
-      tile.x.count = tile.h.count = TILES[index];
-      words += Tile::floats(mode_, expert.gate_up.groups(), expert.gate_up.units(), TILES[index]) +
-               Tile::floats(mode_, expert.down.groups(), expert.down.units(), TILES[index]);
-      tiles_.push_back(tile);
-      s += TILES[index];
+      const Tile shape = Tile::choose(int8_, dtype_, start_[e + 1] - s, expert.gate_up, expert.down);
+      tiles_.push_back({e, s, Tile(shape, expert.gate_up), Tile(shape, expert.down)});
+      words += tiles_.back().x.words() + tiles_.back().h.words();
+      s += shape.count;
     }
     first_tile_[e + 1] = static_cast<int>(tiles_.size());
     items_[e + 1] = items_[e] + (start_[e] < start_[e + 1] ? expert.down.groups() : 0);
   }
   float* at = memory.get<float>(words);
   for (ExpertTile& tile : tiles_) {
-    const Matrix &up = experts_[tile.expert].gate_up, &down = experts_[tile.expert].down;
-    const int count = tile.x.count;
-    tile.x = Tile(at, mode_, up.groups(), up.units(), count);
-    at += Tile::floats(mode_, up.groups(), up.units(), count);
-    tile.h = Tile(at, mode_, down.groups(), down.units(), count);
-    at += Tile::floats(mode_, down.groups(), down.units(), count);
+    tile.x = Tile(tile.x, experts_[tile.expert].gate_up, at);
+    at += tile.x.words();
+    tile.h = Tile(tile.h, experts_[tile.expert].down, at);
+    at += tile.h.words();
   }
 }
 
@@ -118,7 +113,7 @@ void Layer::prepare(const ExpertTile& tile, const void* x, size_t first) const {
   std::fill(row + shape_.hidden, row + padded, 0.f);
   for (int t = 0; t < tile.x.count; t++) {
     read_row(x, dtype_, (first + token_[tile.first + t]) * shape_.hidden, shape_.hidden, row);
-    for (int g = 0; g < m.groups(); g++) tile.x.fill(mode_, m.units(), g, t, row + g * m.group);
+    for (int g = 0; g < m.groups(); g++) tile.x.fill(g, t, row + g * m.group);
   }
 }
 
@@ -131,7 +126,7 @@ void Layer::inner(int expert, int group, float* out, float* h) const {
   for (int i = first_tile_[expert]; i < first_tile_[expert + 1]; i++) {
     const ExpertTile& tile = tiles_[i];
     for (int b = first; b < last; b++) {
-      tile.x.multiply(up, mode_, up.blocks + b * up.block(), out);
+      tile.x.multiply(up, up.blocks + b * up.block(), out);
       for (int t = 0; t < tile.x.count; t++) {
         const float* y = out + ROWS * t;
         float* to = h + static_cast<size_t>(t) * down.group + (b - first) * rows;
@@ -143,7 +138,7 @@ void Layer::inner(int expert, int group, float* out, float* h) const {
     for (int t = 0; t < tile.x.count; t++) {
       float* to = h + static_cast<size_t>(t) * down.group;
       std::fill(to + done, to + down.group, 0.f);
-      tile.h.fill(mode_, down.units(), group, t, to);
+      tile.h.fill(group, t, to);
     }
   }
 }
@@ -155,7 +150,7 @@ void Layer::outer(int first_block, int blocks, int tokens, float* sums, float* y
   for (const ExpertTile& tile : tiles_) {
     const Matrix& down = experts_[tile.expert].down;
     for (int b = 0; b < blocks; b++) {
-      tile.h.multiply(down, mode_, down.blocks + (first_block + b) * down.block(), y);
+      tile.h.multiply(down, down.blocks + (first_block + b) * down.block(), y);
       for (int t = 0; t < tile.h.count; t++) {
         const float weight = weight_[tile.first + t];
         float* to = sums + static_cast<size_t>(token_[tile.first + t]) * width + b * ROWS;
