@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from transformers_mcmoe import compression_report
+from transformers_mcmoe import backend_info, compression_report
 from transformers_mcmoe.cli import app
 
 WORDS = [f"w{i}" for i in range(300)]
@@ -48,6 +48,25 @@ def test_compress(dense, tmp_path):
     assert compression_report(model)["config"]["budget"] == "model"
     assert PreTrainedTokenizerFast.from_pretrained(output).eos_token == "</s>"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_inspect(dense, tmp_path):
+    output = tmp_path / "out"
+    options = ["--expert-bits", "2,4", "--rounding", "nearest"]
+    assert CliRunner().invoke(app, _arguments(dense, output, *options)).exit_code == 0
+    result = CliRunner().invoke(app, ["inspect", str(output)])
+    assert result.exit_code == 0, result.output
+    report = compression_report(load_class(output).from_pretrained(output))
+    assert set("".join(report["expert_bits"].values())) <= set("24")
+    assert all(digits in result.output for digits in report["expert_bits"].values())
+    assert f"{report['average_bits']:.4f}" in result.output
+    assert backend_info()["instruction_set"] in result.output
+    bare = CliRunner().invoke(app, ["inspect"])
+    assert bare.exit_code == 0
+    assert backend_info()["cpu"] in bare.output
+    dense_model = CliRunner().invoke(app, ["inspect", str(dense / "dense")])
+    assert dense_model.exit_code == 1
+    assert "has no mcmoe_report.json" in dense_model.output.replace("\n", " ")
 
 
 def test_module_is_the_command():

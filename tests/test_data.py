@@ -378,3 +378,8 @@ def test_local_names_are_not_looked_up():
     assert data._is_hub({"path": "org/name"})
     assert not data._is_hub("some/calib.txt")
     assert not data._is_hub(["a text"])
+
+
+def test_a_text_is_no_path():
+    with pytest.raises(ValueError, match="dataset is a text of 5000 characters; give texts as a list of strings"):
+        _tokens("word " * 1000)

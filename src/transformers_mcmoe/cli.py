@@ -23,9 +23,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from transformers_mcmoe.config import ALLOCATIONS, MCMoEConfig
+from transformers_mcmoe.config import ALLOCATIONS, ROUNDINGS, MCMoEConfig
+from transformers_mcmoe.kernels import backend_info
 from transformers_mcmoe.progress import Progress
-from transformers_mcmoe.report import REPORT_NAME, compression_report
+from transformers_mcmoe.report import REPORT_NAME, compression_report, load_report
 from transformers_mcmoe.workdir import FINGERPRINT, check_replaceable, recover_directory, replace_directory
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Mixture-of-Experts compression.")
@@ -46,7 +47,10 @@ def compress(
     budget: Annotated[
         Literal["layer", "model"] | None, typer.Option(help="One budget per layer or for the model.")
     ] = None,
-    allocation: Annotated[str, typer.Option(help=", ".join(a for a in ALLOCATIONS if a != "bsp") + ".")] = "pmq",
+    allocation: Annotated[str, typer.Option(help=", ".join(ALLOCATIONS) + ".")] = "pmq",
+    expert_bits: Annotated[str, typer.Option(help="Widths that experts may take.")] = "1,2,3",
+    preset: Annotated[str | None, typer.Option(help="'paper': PMQ as the text of arXiv 2410.06270 has it.")] = None,
+    rounding: Annotated[str, typer.Option(help=" or ".join(ROUNDINGS) + ".")] = "gptq",
     num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 2048,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
@@ -72,6 +76,9 @@ def compress(
                 dataset=dataset,
                 budget=budget,
                 allocation=allocation,
+                expert_bits=[int(bits) if bits.isdigit() else bits for bits in expert_bits.split(",")],  # type: ignore[misc]
+                preset=preset,
+                rounding=rounding,
                 num_samples=num_samples,
                 seq_len=seq_len,
                 seed=seed,
@@ -86,7 +93,30 @@ def compress(
         raise typer.Exit(1) from error
     if work_dir is None:
         _clear_leftovers(work)
-    _summary(compression_report(packed), output)
+    console.print(f"Saved {output}.", highlight=False)
+    _summary(compression_report(packed))
+
+
+@app.command()
+def inspect(
+    model: Annotated[str | None, typer.Argument(help="Hub id or folder of a packed model.")] = None,
+) -> None:
+    """Show what a packed MODEL is made of, and what computes on this machine."""
+    if model is not None:
+        try:
+            report = load_report(model)
+        except (ValueError, OSError) as error:
+            console.print(f"[bold red]Error:[/] {error}", highlight=False)
+            raise typer.Exit(1) from error
+        _summary(report)
+        table = Table("experts", "bits of each expert")
+        for path, digits in report["expert_bits"].items():
+            table.add_row(path, digits if isinstance(digits, str) else json.dumps(digits))
+        console.print(table)
+    table = Table(show_header=False, box=None)
+    for name, value in backend_info().items():
+        table.add_row(name.replace("_", " "), " ".join(value) if isinstance(value, list) else value)
+    console.print(table)
 
 
 def _load_class(model: str) -> Any:
@@ -149,10 +179,9 @@ def _sibling(output: Path, what: str) -> Path:
     return output.with_name(f".{output.name}.mcmoe-{what}")
 
 
-def _summary(report: dict[str, Any], output: Path) -> None:
+def _summary(report: dict[str, Any]) -> None:
     sizes = report["sizes"]
     table = Table(show_header=False, box=None)
-    table.add_row("saved", str(output))
     table.add_row("average bits", f"{report['average_bits']:.4f}")
     table.add_row("bits per weight", f"{report['bits_per_weight']:.4f} (scales and zeros included)")
     table.add_row("size", f"{sizes['total_bytes'] / 1e9:.3f} GB, dense {sizes['dense_bytes'] / 1e9:.3f} GB")

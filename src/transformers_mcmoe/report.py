@@ -136,8 +136,17 @@ def compression_report(model: Any) -> dict[str, Any]:
 
 def read_report(model: Any) -> dict[str, Any]:
     """The report beside the weights that a model was loaded from, locally or on the Hub."""
-    name, commit = model.config.name_or_path, getattr(model.config, "_commit_hash", None)
-    path = cached_file(name, REPORT_NAME, revision=commit, _raise_exceptions_for_missing_entries=False)
+    return load_report(model.config.name_or_path, getattr(model.config, "_commit_hash", None))
+
+
+def load_report(name: str, revision: str | None = None) -> dict[str, Any]:
+    """The report of a packed model, by its folder or Hub id.
+
+    Raises:
+        ValueError: there is none beside the weights.
+        OSError: there is no such model.
+    """
+    path = cached_file(name, REPORT_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
     if path is None:
         raise ValueError(f"'{name}' has no {REPORT_NAME} beside its weights; it was saved without one.")
     return json.loads(Path(path).read_text(encoding="utf-8"))

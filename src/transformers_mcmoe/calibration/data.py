@@ -116,6 +116,8 @@ def _is_hub(dataset: Any) -> bool:
 
 
 def _local(dataset: str | Path) -> Path | None:
+    if isinstance(dataset, str) and (len(dataset) > 1000 or "\n" in dataset):
+        raise ValueError(f"dataset is a text of {len(dataset)} characters; give texts as a list of strings: [text].")
     path = Path(dataset)
     return path if path.exists() or path.suffix in LOCAL_FORMATS else None
 

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generation end to end: a packed MoE beside the dense one, and beside dense models of equal bytes and of equal activity.
+
+Random weights in a real architecture: speed does not depend on their values. Every candidate runs in a process of its own,
+in turns, with transformers' `generate` (greedy, dynamic cache); reported are medians over rounds of the time to the first
+token, the seconds per further token, tokens per second, and anonymous memory after loading and at its peak. Rows go to
+results/decode.jsonl. Load, machine and instruction set are in each row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "decode.jsonl"
+# hidden size, inner size, experts, experts per token, attention heads, key and value heads
+SHAPES = {
+    "Mixtral-8x7B": (4096, 14336, 8, 2, 32, 8),
+    "smolmoe": (576, 1536, 8, 2, 9, 3),
+}
+VOCABULARY = 8192
+NEW_TOKENS = 128
+
+
+def config_of(shape: str, layers: int, inner: int | None = None) -> Any:
+    """A Mixtral of that shape, or with `inner` a dense Mistral."""
+    from transformers import MistralConfig, MixtralConfig
+
+    hidden, own, experts, top_k, heads, kv_heads = SHAPES[shape]
+    common = {
+        "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "vocab_size": VOCABULARY, "max_position_embeddings": 8192, "dtype": "bfloat16",
+        "sliding_window": None,
+    }  # fmt: skip
+    if inner is not None:
+        return MistralConfig(intermediate_size=inner, **common)
+    return MixtralConfig(intermediate_size=own, num_local_experts=experts, num_experts_per_tok=top_k, **common)
+
+
+def build(folder: Path, shape: str, layers: int, bits: float) -> None:
+    """Write the checkpoints of all candidates; parameters of the dense twins follow from the packed one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from transformers_mcmoe import MCMoEConfig, compression_report
+
+    torch.manual_seed(0)
+    dense = AutoModelForCausalLM.from_config(config_of(shape, layers), dtype=torch.bfloat16)
+    dense.save_pretrained(folder / "dense bf16")
+    del dense
+    text = torch.randint(0, VOCABULARY, (4, 64))
+    config = MCMoEConfig(bits, dataset=text, num_samples=4, seq_len=64, allocation="uniform", rounding="nearest")
+    packed = AutoModelForCausalLM.from_pretrained(folder / "dense bf16", quantization_config=config)
+    packed.save_pretrained(folder / "packed")
+    size = compression_report(packed)["sizes"]["quantized_bytes"]
+    del packed
+    hidden, inner, _, top_k, heads, kv_heads = SHAPES[shape]
+    attention = layers * hidden * (2 * hidden + 2 * hidden * kv_heads // heads)
+    equal_bytes = int((size / 2 - attention) / (3 * layers * hidden)) // 32 * 32
+    for name, inner_size in (("dense, equal bytes", max(32, equal_bytes)), ("dense, equal active", top_k * inner)):
+        twin = AutoModelForCausalLM.from_config(config_of(shape, layers, inner_size), dtype=torch.bfloat16)
+        twin.save_pretrained(folder / name)
+
+
+def anonymous() -> int:
+    """Anonymous resident bytes of this process."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+
+def run(folder: str, cases: list[list[int]], threads: int) -> None:
+    """One candidate: generate for every (prompt length, batch), and print a JSON line each."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import transformers_mcmoe
+
+    torch.set_num_threads(threads)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    ids = torch.randint(0, VOCABULARY, (1, 16), generator=torch.Generator().manual_seed(0))
+    model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)  # matrices are repacked at first use
+    loaded, peak, stop = anonymous(), [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.05):
+            peak[0] = max(peak[0], anonymous())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    for length, batch in cases:
+        ids = torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
+        times: list[float] = []
+
+        class Clock:
+            def put(self, value: Any, times: list[float] = times) -> None:
+                times.append(time.perf_counter())
+
+            def end(self) -> None:
+                pass
+
+        peak[0] = 0
+        started = time.perf_counter()
+        if batch == 1:
+            model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, streamer=Clock())
+            first, last = times[1] - started, times[-1] - times[1]  # the first call hands over the prompt
+        else:
+            model.generate(ids, max_new_tokens=1, do_sample=False, eos_token_id=None)
+            first = time.perf_counter() - started
+            started = time.perf_counter()
+            model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
+            last = time.perf_counter() - started - first
+        row = {"first_token_s": first, "token_s": last / (NEW_TOKENS - 1)}
+        row |= {"tokens_per_s": batch * (NEW_TOKENS - 1) / last, "load_bytes": loaded, "peak_bytes": peak[0]}
+        row["backend"] = transformers_mcmoe.backend_info()["instruction_set"]
+        print(json.dumps({"prompt": length, "batch": batch} | row), flush=True)
+    stop.set()
+
+
+def main() -> None:
+    """Build the candidates, run them in turns, append a row for each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="Mixtral-8x7B", choices=list(SHAPES))
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--bits", type=float, default=2.54)
+    parser.add_argument("--prompts", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--mode", default="exact", choices=["exact", "int8"])
+    parser.add_argument("--folder", type=Path, help="keep the checkpoints here; used again if they are there")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    cases = [[length, batch] for length in options.prompts for batch in options.batches]
+    if options.run:
+        run(options.run, cases, options.threads)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        if not (folder / "dense, equal active").is_dir():
+            build(folder, options.shape, options.layers, options.bits)
+        names = ["dense bf16", "packed", "dense, equal bytes", "dense, equal active"]
+        measured: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+        for _ in range(options.rounds):
+            for name in names:
+                command = [sys.executable, __file__, *sys.argv[1:], "--run", str(folder / name)]
+                env = os.environ | {"MCMOE_MODE": options.mode, "OMP_NUM_THREADS": str(options.threads)}
+                done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
+                for line in done.stdout.splitlines():
+                    row = json.loads(line)
+                    measured.setdefault((name, row["prompt"], row["batch"]), []).append(row)
+        _write(options, measured)
+
+
+def _write(options: argparse.Namespace, measured: dict[tuple[str, int, int], list[dict[str, Any]]]) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a", encoding="utf-8") as file:
+        for (name, prompt, batch), rows in measured.items():
+            median = {key: statistics.median(row[key] for row in rows) for key in rows[0] if key != "backend"}
+            row = {
+                "shape": options.shape, "layers": options.layers, "candidate": name, "bits": options.bits,
+                "mode": options.mode, "prompt": prompt, "batch": batch, "new_tokens": NEW_TOKENS,
+                "threads": options.threads, "rounds": len(rows), **{k: round(v, 5) for k, v in median.items()},
+                "backend": rows[0]["backend"], "load": round(os.getloadavg()[0], 1), "cpus": os.cpu_count(),
+                "date": datetime.date.today().isoformat(),
+            }  # fmt: skip
+            file.write(json.dumps(row) + "\n")
+            print(
+                f"{options.shape} x{options.layers}, prompt {prompt}, batch {batch}, {name}: first token "
+                f"{row['first_token_s']:.2f} s, {row['tokens_per_s']:.2f} tokens/s, {row['load_bytes'] / 1e9:.2f} GB "
+                f"loaded, {row['peak_bytes'] / 1e9:.2f} GB peak",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
