@@ -24,7 +24,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 @pytest.fixture(autouse=True)
 def _device(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(gpu, "DEVICES", (DEVICE,))
+    monkeypatch.setattr(gpu, "DEVICES", (torch.device(DEVICE).type,))
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:

@@ -30,17 +30,21 @@ name, architecture, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
 target = GPUTarget(name, int(architecture) if architecture.isdigit() else architecture, threads)
 pointers = {n: "*bf16" for n in ("x", "scale", "bias", "y")} | {n: "*i32" for n in ("q", "index", "order", "experts")}
 fixed = {
-    "TABLE": True, "PAIR": True, "DOWN": False, "ACTIVATION": "silu", "SLOTS": 2, "BITS": 0, "SCALED": True,
-    "BIASED": True,
+    "TABLE": True, "PAIR": True, "DOWN": False, "ACTIVATION": "silu", "SLOTS": 2, "BITS": 0, "SCALED": False,
+    "BIASED": False,
 }
+gate_up = fixed | {"WIDTHS": 1 << 2 | 1 << 3}
+down = fixed | {"PAIR": False, "DOWN": True, "ACTIVATION": "none", "SLOTS": 1, "SCALED": True, "WIDTHS": 1 << 1}
+linear = fixed | {"TABLE": False, "PAIR": False, "ACTIVATION": "none", "BIASED": True, "WIDTHS": 1 << 8, "BITS": 8}
 for kernel, tile in ((kernels.few_rows, kernels.FEW_TILE), (kernels.many_rows, kernels.MANY_TILE)):
-    constants = {"COLUMNS": kernels.columns(128)} | fixed | tile | {"GROUP": 128, "WIDTHS": 1 << 2 | 1 << 3}
     signature = {p.name: "constexpr" if p.is_constexpr else pointers.get(p.name, "i32") for p in kernel.params}
-    constants = {p.name: constants[p.name] for p in kernel.params if p.is_constexpr}
-    compiled = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants), target=target)
-    assert len(compiled.asm["cubin" if name == "cuda" else "hsaco"]) > 1000
-    assert compiled.metadata.shared <= 48 << 10, compiled.metadata.shared
-    print("compiled", kernel.__name__)
+    for options in (gate_up, down, linear):
+        options = {"COLUMNS": kernels.columns(128)} | options | tile | {"GROUP": 128}
+        constants = {p.name: options[p.name] for p in kernel.params if p.is_constexpr}
+        compiled = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants), target=target)
+        assert len(compiled.asm["cubin" if name == "cuda" else "hsaco"]) > 1000
+        assert compiled.metadata.shared <= 48 << 10, compiled.metadata.shared
+        print("compiled", kernel.__name__)
 """
 
 
@@ -62,4 +66,4 @@ def test_numbers():
 @pytest.mark.parametrize("target", ["cuda 80 32", "cuda 90 32", "cuda 100 32", "hip gfx942 64"])
 def test_compiles(target: str, tmp_path: Path):
     out = _run("-c", COMPILE, *target.split(), TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
-    assert out.count("compiled") == 2
+    assert out.count("compiled") == 6

@@ -19,6 +19,7 @@ import transformers
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
@@ -89,7 +90,7 @@ def compress(
             packed = _load_class(model).from_pretrained(model, quantization_config=config, dtype=dtype)
         _save(packed, model, output)
     except (ValueError, OSError, NotImplementedError) as error:
-        console.print(f"[bold red]Error:[/] {error}", highlight=False)
+        console.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from error
     if work_dir is None:
         _clear_leftovers(work)
@@ -102,19 +103,20 @@ def inspect(
     model: Annotated[str | None, typer.Argument(help="Hub id or folder of a packed model.")] = None,
 ) -> None:
     """Show what a packed MODEL is made of, and what computes on this machine."""
-    if model is not None:
-        try:
-            report = load_report(model)
-        except (ValueError, OSError) as error:
-            console.print(f"[bold red]Error:[/] {error}", highlight=False)
-            raise typer.Exit(1) from error
+    try:
+        report = None if model is None else load_report(model)
+        backend = backend_info()
+    except (ValueError, OSError) as error:
+        console.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
+        raise typer.Exit(1) from error
+    if report is not None:
         _summary(report)
         table = Table("experts", "bits of each expert")
         for path, digits in report["expert_bits"].items():
             table.add_row(path, digits if isinstance(digits, str) else json.dumps(digits))
         console.print(table)
     table = Table(show_header=False, box=None)
-    for name, value in backend_info().items():
+    for name, value in backend.items():
         table.add_row(name.replace("_", " "), " ".join(value) if isinstance(value, list) else value)
     console.print(table)
 

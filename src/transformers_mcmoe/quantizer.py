@@ -125,8 +125,11 @@ class MCMoEHfQuantizer(HfQuantizer):
         finally:
             self._save_directory = None
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        """Called in the middle of `save_pretrained`, before files are uploaded: the report goes beside the weights."""
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        """Called in the middle of `save_pretrained`, before files are uploaded: the report goes beside the weights.
+
+        On a GPU the experts of a layer share one allocation, and transformers would clone each of them there.
+        """
         if self._save_directory is not None:
             if self.report is None:
                 try:
@@ -135,7 +138,11 @@ class MCMoEHfQuantizer(HfQuantizer):
                     logger.warning("The saved model gets no report: %s", error)
             if self.report is not None:
                 write_report(self.report, self._save_directory)
-        return None, {}
+        state = model.state_dict()
+        if {tensor.device.type for tensor in state.values()} & {"cpu", "meta"}:  # nothing, or not all, is on a GPU
+            return None, {}
+        # only packed matrices: copies of tied weights would no longer be recognized
+        return {name: t.to("cpu") if t.dtype == torch.uint8 else t for name, t in state.items()}, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         dtype = dtype or model.dtype

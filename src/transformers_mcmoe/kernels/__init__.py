@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
-from transformers_mcmoe.kernels import cpu, ops
+from transformers_mcmoe.kernels import cpu, gpu, ops
 
 __all__ = ["backend_info", "ops"]
 
@@ -16,12 +15,12 @@ def backend_info() -> dict[str, Any]:
 
     Returns:
         "cpu": "compiled" or "reference" (no compiled kernels, or MCMOE_ISA=reference); "instruction_set" in use;
-        "instruction_sets" that this machine runs, best first; "mode": "exact" or "int8"; "gpu": "triton" or "reference".
+        "instruction_sets" that this machine runs, best first; "mode": "exact" or "int8"; "gpu": "triton", "reference" or "none".
     """
     return {
         "cpu": "reference" if cpu.library() is None else "compiled",
         "instruction_set": cpu.instruction_set(),
         "instruction_sets": cpu.instruction_sets(),
         "mode": cpu.mode(),
-        "gpu": "triton" if find_spec("triton") else "reference",
+        "gpu": gpu.name(),
     }

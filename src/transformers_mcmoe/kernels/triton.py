@@ -12,6 +12,7 @@ modules.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,9 +23,8 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNIT = 32  # group sizes are multiples of it: then every plane of a record is a whole number of words
 FEW = 8  # rows of x up to which columns are added up; beyond, tiles are multiplied
-ENTRY = (
-    5  # words of an expert in the table: gate (or up), up, down as word offsets, two widths; offsets are -1 if dropped
-)
+# words of an expert in the table: gate (or up), up and down as offsets in units of ALIGNMENT, -1 if it was dropped; widths
+ENTRY = 5
 
 ALIGNMENT = 16  # bytes that matrices start at in an allocation of experts
 # rows and columns of one step of the first kernel; slots and matrix rows of a tile of the second
@@ -107,7 +107,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _entry(q, expert, num_experts, SECOND: tl.constexpr, DOWN: tl.constexpr):
-    """Of an expert's table entry: whether it is there, and where its matrices begin and how wide its codes are.
+    """Of an expert's table entry: whether it is there, at which words its matrices begin, and how wide its codes are.
 
     The second matrix is read where SECOND.
     """
@@ -118,7 +118,7 @@ def _entry(q, expert, num_experts, SECOND: tl.constexpr, DOWN: tl.constexpr):
     if SECOND:
         second = tl.load(at + 1, mask=known, other=-1)
     bits = tl.load(at + (4 if DOWN else 3), mask=known, other=0)
-    return start >= 0, start.to(tl.int64), second.to(tl.int64), bits
+    return start >= 0, start.to(tl.int64) * 4, second.to(tl.int64) * 4, bits
 
 
 @triton.jit
@@ -262,6 +262,7 @@ def packed_linear(x: Tensor, qweight: Tensor, bias: Tensor | None, bits: int, in
     flat = x.reshape(-1, in_features).contiguous()
     y = x.new_empty((len(flat), qweight.shape[0]))
     group = (qweight.shape[2] - 4) * 8 // bits
+    bias = bias.contiguous() if bias is not None else None
     _launch(flat, qweight.contiguous(), y, None, bias=bias, widths=(bits,), group=group)
     return y.view(*x.shape[:-1], qweight.shape[0])
 
@@ -271,7 +272,7 @@ def moe_mlp(
 ) -> Tensor:
     """Combined output [T, H] of a MoE layer; `blocks` is of `pack_experts`, `layout` [E, 2, 3] says widths and groups."""
     tokens, slots = index.shape
-    x, index = x.contiguous(), index.flatten().to(torch.int32)
+    x, index = x.contiguous(), index.to(torch.int32).contiguous().flatten()
     order = _sorted(index, len(layout)) if tokens > FEW else (index, None)
     # slots without an expert are not written
     hidden = x.new_zeros((len(index), inner))
@@ -283,7 +284,9 @@ def moe_mlp(
     _launch(
         x, blocks, hidden, table, widths=gate_up, group=gate_up_group, pair=gated, activation=activation, slots=slots
     )
-    _launch(hidden, blocks, outputs, table, widths=down, group=down_group, down=True, scale=weights.flatten())
+    _launch(
+        hidden, blocks, outputs, table, widths=down, group=down_group, down=True, scale=weights.contiguous().flatten()
+    )
     return outputs.view(tokens, slots, x.shape[1]).sum(1, dtype=torch.float32).to(x.dtype)
 
 
@@ -298,7 +301,7 @@ def pack_experts(qweights: Sequence[Sequence[Tensor]], layout: Tensor) -> Tensor
     table = torch.full((len(qweights), ENTRY), -1, dtype=torch.int32)
     for entry, matrices, widths in zip(table, qweights, layout[:, :, 1], strict=True):
         for n, matrix in enumerate(matrices):
-            entry[n if n < len(matrices) - 1 else 2] = size // 4
+            entry[n if n < len(matrices) - 1 else 2] = size // ALIGNMENT
             size += -(-matrix.numel() // ALIGNMENT) * ALIGNMENT
         entry[3:] = widths
     device = next(matrix.device for matrices in qweights for matrix in matrices)
@@ -306,7 +309,7 @@ def pack_experts(qweights: Sequence[Sequence[Tensor]], layout: Tensor) -> Tensor
     blocks[: table.nbytes] = table.view(torch.uint8).flatten().to(device)
     for entry, matrices in zip(table.tolist(), qweights, strict=True):
         for n, matrix in enumerate(matrices):
-            start = 4 * entry[n if n < len(matrices) - 1 else 2]
+            start = ALIGNMENT * entry[n if n < len(matrices) - 1 else 2]
             blocks[start : start + matrix.numel()] = matrix.flatten()
     return blocks
 
@@ -316,7 +319,7 @@ def views(qweights: Sequence[Sequence[Tensor]], blocks: Tensor) -> list[list[Ten
     table = blocks[: len(qweights) * ENTRY * 4].view(torch.int32).view(-1, ENTRY).tolist()
     return [
         [
-            blocks[4 * entry[n if n < len(matrices) - 1 else 2] :][: matrix.numel()].view(matrix.shape)
+            blocks[ALIGNMENT * entry[n if n < len(matrices) - 1 else 2] :][: matrix.numel()].view(matrix.shape)
             for n, matrix in enumerate(matrices)
         ]
         for entry, matrices in zip(table, qweights, strict=True)
@@ -384,13 +387,19 @@ def _launch(
     rows = triton.cdiv(y.shape[1], options["ROWS"])
     # an argument that is not read still needs a pointer
     order, experts, scale, bias = (y if value is None else value for value in (order, experts, scale, bias))
-    if few:
-        few_rows[len(y), rows](x, q, order, scale, bias, y, x.shape[-1], y.shape[1], count, **options)
-        return
-    parts = len(experts) if table is not None else triton.cdiv(len(y), options["TOKENS"])
-    many_rows[parts, rows](
-        x, q, order, experts, scale, bias, y, len(y), x.shape[-1], y.shape[1], count, **options, COLUMNS=columns(group)
-    )
+    sizes = x.shape[-1], y.shape[1], count
+    with _on(x.device):
+        if few:
+            few_rows[len(y), rows](x, q, order, scale, bias, y, *sizes, **options)
+        else:
+            parts = len(experts) if table is not None else triton.cdiv(len(y), options["TOKENS"])
+            options["COLUMNS"] = columns(group)
+            many_rows[parts, rows](x, q, order, experts, scale, bias, y, len(y), *sizes, **options)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 def columns(group: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -184,7 +185,7 @@ class PackedExperts(nn.Module):
         x, index, weights = self._experts.route(hidden_states, *args)
         graded = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
         # gathering hundreds of tensors can take longer than the layer
-        needed = graded or self._blocks is None or not (gpu.backend(x.device) or cpu).takes(x)
+        needed = graded or self._blocks is None or x.dtype not in cpu.DTYPES  # those of every backend
         qweights = [matrix for matrices in self._matrices() for matrix in matrices] if needed else []
         inner = self._experts.projections[-1].in_features
         output = ops.moe_mlp(
@@ -215,23 +216,28 @@ class PackedExperts(nn.Module):
             return False
         stamp = _stamp(*ends)
         if stamp != self._stamp:
-            self._stamp, self._blocks = stamp, None
+            self._stamp = self._blocks = None
             if stamp is not None:
-                self._pack(ends)
+                self._blocks = self._pack()
+            self._stamp = _stamp(*ends)
         return True
 
-    def _pack(self, ends: list[PackedLinear]) -> None:
-        """Make `_blocks`; on a GPU the parameters become parts of it, as memory is short there."""
+    def _pack(self) -> Tensor:
+        """The experts in the layout of the device's kernels; on a GPU, where memory is short, parameters become parts of it."""
         matrices = self._matrices()
-        device = gpu.backend(ends[0].weight.device)  # type: ignore[union-attr]
+        device = gpu.backend(next(self.parameters()).device)
         if device is None:
-            self._blocks = cpu.pack_experts(matrices, self._layout, self._arena_bytes)
-            return
-        self._blocks = device.pack_experts(matrices, self._layout)
-        for own, views in zip(matrices, device.views(matrices, self._blocks), strict=True):
-            for matrix, view in zip(own, views, strict=True):
-                matrix.data = view
-        self._stamp = _stamp(*ends)
+            return cpu.pack_experts(matrices, self._layout, self._arena_bytes)
+        with torch.inference_mode(False), torch.no_grad():  # parameters outlive the caller's inference mode
+            blocks = device.pack_experts(matrices, self._layout)
+            for own, views in zip(matrices, device.views(matrices, blocks), strict=True):
+                for matrix, view in zip(own, views, strict=True):
+                    matrix.data = view
+        return blocks
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedExperts:
+        self._blocks = self._stamp = None  # would hold on to the old device's memory
+        return super()._apply(fn, recurse)
 
     def _run(self, expert: int, x: Tensor) -> Tensor | None:
         if not self.widths.gate_up[expert]:

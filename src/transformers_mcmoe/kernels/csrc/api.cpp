@@ -9,6 +9,8 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #if defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
@@ -18,47 +20,57 @@ namespace mcmoe {
 namespace {
 
 const Kernels* chosen = nullptr;
+const char* selected = nullptr;
 
 struct Candidate {
-  const Kernels* (*table)();
+  const char* name;
   bool (*runs)();
+  const Kernels* (*table)();  // only where it runs: making it takes instructions of the set
 };
+
+#if defined(__x86_64__)
+bool has_avx512() { return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"); }
+bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+bool has_bf16() { return has_vnni() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+// Asks Linux for the tile registers, which a process may use only then; false where there are none.
+bool has_amx() {
+#if defined(__linux__)
+  unsigned a = 7, b, c = 0, d;
+  asm("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  const unsigned needed = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
+  constexpr int REQUEST = 0x1023, TILE_DATA = 18;          // ARCH_REQ_XCOMP_PERM
+  return has_bf16() && (d & needed) == needed && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
+#elif defined(__aarch64__)
+bool has_dot_product() {
+#if defined(__linux__)
+  return (getauxval(AT_HWCAP) & (1 << 20)) != 0;  // HWCAP_ASIMDDP
+#else
+  return true;  // every Apple processor of this kind has it
+#endif
+}
+#endif
 
 // Best first.
 const Candidate CANDIDATES[] = {
 #if defined(MCMOE_ONLY_SCALAR)  // the program of the sanitizers
 #elif defined(__x86_64__)
 #if defined(MCMOE_AMX)
-    {amx_kernels,
-     [] {
-       return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
-              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && amx_runs();
-     }},
+    {"amx", has_amx, amx_kernels},
 #endif
-    {avx512_bf16_kernels,
-     [] {
-       return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
-              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-     }},
-    {avx512_vnni_kernels,
-     [] {
-       return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl");
-     }},
-    {avx512_kernels, [] { return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"); }},
-    {avx2_kernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {"avx512-bf16", has_bf16, avx512_bf16_kernels},
+    {"avx512-vnni", has_vnni, avx512_vnni_kernels},
+    {"avx512", has_avx512, avx512_kernels},
+    {"avx2", has_avx2, avx2_kernels},
+#elif defined(__aarch64__)
+    {"neon", has_dot_product, neon_kernels},
 #endif
-#if defined(__aarch64__) && !defined(MCMOE_ONLY_SCALAR)
-    {neon_kernels,
-     [] {
-#if defined(__linux__)
-       return (getauxval(AT_HWCAP) & (1 << 20)) != 0;  // HWCAP_ASIMDDP: the byte dot product
-#else
-       return true;  // every Apple processor of this kind has it
-#endif
-     }},
-#endif
-    {scalar_kernels, [] { return true; }},
+    {"scalar", [] { return true; }, scalar_kernels},
 };
 
 Matrix matrix(const uint8_t* arena, const int64_t* row, int columns) {
@@ -84,17 +96,16 @@ using namespace mcmoe;
 // processor or build does not have it.
 MCMOE_API const char* mcmoe_select(const char* name) {
   for (const Candidate& candidate : CANDIDATES) {
-    const Kernels* table = candidate.table();
-    const bool named = name && *name;
-    if (named ? strcmp(table->name, name) != 0 : false) continue;
+    if (name && *name && strcmp(candidate.name, name) != 0) continue;
     if (!candidate.runs()) continue;
-    chosen = table;
-    return table->name;
+    chosen = candidate.table();
+    selected = candidate.name;
+    return selected;
   }
   return nullptr;
 }
 
-MCMOE_API const char* mcmoe_selected() { return kernels().name; }
+MCMOE_API const char* mcmoe_selected() { return selected; }
 
 // Names of the instruction sets that run here, best first, separated by spaces.
 MCMOE_API const char* mcmoe_available() {
@@ -103,7 +114,7 @@ MCMOE_API const char* mcmoe_available() {
     for (const Candidate& candidate : CANDIDATES)
       if (candidate.runs()) {
         if (*names) strcat(names, " ");
-        strcat(names, candidate.table()->name);
+        strcat(names, candidate.name);
       }
   return names;
 }

@@ -399,10 +399,9 @@ inline void prepare_bf16(const float* x, int size, int32_t* q, int stride, float
 
 // Adds the kernels of some modes to a table that starts as a copy of `base`, or empty.
 template <class V, Mode... M>
-const Kernels* table(const char* name, const Kernels* base = nullptr) {
-  static const Kernels kernels = [name, base] {
+const Kernels* table(const Kernels* base = nullptr) {
+  static const Kernels kernels = [base] {
     Kernels k = base ? *base : Kernels{};
-    k.name = name;
     unroll<NUM_WIDTHS>([&](auto w) MCMOE_LAMBDA {
       unroll<NUM_TILES>([&](auto t) MCMOE_LAMBDA {
         constexpr int B = WIDTHS[decltype(w)::value], T = TILES[decltype(t)::value];

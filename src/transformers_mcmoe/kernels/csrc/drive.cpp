@@ -76,6 +76,7 @@ Tile Tile::choose(bool int8, int dtype, int rest, const Matrix& first, const Mat
 
 Tile::Tile(const Tile& shape, const Matrix& m, float* memory)
     : count(shape.count), mode(shape.mode), groups(m.groups()), units(m.units()) {
+  if (!memory) return;
   x = reinterpret_cast<int32_t*>(memory);
   xs = memory + codes();
   xz = xs + static_cast<size_t>(count) * groups;

@@ -5,16 +5,14 @@
 #define MCMOE_BF16
 #include "avx512.h"
 
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 namespace mcmoe {
 namespace {
 
 constexpr int SIDE = 16;          // rows of a tile, and dwords of a row
 constexpr int TILE_BYTES = 1024;
+
+// The compiler does not know what the tile instructions read and write.
+MCMOE_INLINE void memory_is_read() { asm volatile("" ::: "memory"); }
 
 // Tiles 0-3: sums of two token tiles and two row tiles; 4, 5: activations; 6, 7: codes. All have 16 rows of 64 bytes.
 class Tiles {
@@ -24,9 +22,11 @@ class Tiles {
     Config config{};
     config.palette = 1;
     for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = SIDE;
+    memory_is_read();
     _tile_loadconfig(&config);
   }
   ~Tiles() {  // what the caller's libraries had set
+    memory_is_read();
     if (before_.palette)
       _tile_loadconfig(&before_);
     else
@@ -126,6 +126,7 @@ void dot_tiles(const uint8_t* records, int groups, int units, const int32_t* x, 
       const uint8_t* record = records + static_cast<size_t>(n / PAIRS) * stride;
       for (int i = 0; i < stride; i += 64) __builtin_prefetch(record + stride + i);
       unpack<M, B>(record, units, steps, code_tiles);
+      memory_is_read();
     }
     const uint8_t* a1 = a0 + steps * TILE_BYTES;
     _tile_zero(0);
@@ -147,6 +148,7 @@ void dot_tiles(const uint8_t* records, int groups, int units, const int32_t* x, 
       }
     }
     if (n) add(n - 1);
+    memory_is_read();
     auto& own = sums[n % 2];
     _tile_stored(0, own[0], 64);
     _tile_stored(1, own[1], 64);
@@ -154,6 +156,7 @@ void dot_tiles(const uint8_t* records, int groups, int units, const int32_t* x, 
       _tile_stored(2, own[2], 64);
       _tile_stored(3, own[3], 64);
     }
+    memory_is_read();
   }
   add(groups * PAIRS - 1);
 }
@@ -174,24 +177,10 @@ void add(Kernels& k) {
 const mcmoe::Kernels* mcmoe::amx_kernels() {
   static const Kernels kernels = [] {
     Kernels k = *avx512_vnni_kernels();
-    k.name = "amx";
     k.prepare[BF16] = prepare_bf16;
     add<INT8>(k);
     add<BF16>(k);
     return k;
   }();
   return &kernels;
-}
-
-// Asks Linux for the tile registers, which a process may use only then; false where there are none.
-bool mcmoe::amx_runs() {
-#if defined(__linux__)
-  unsigned a = 7, b, c = 0, d;
-  asm("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  const unsigned needed = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
-  constexpr int REQUEST = 0x1023, TILE_DATA = 18;          // ARCH_REQ_XCOMP_PERM
-  return (d & needed) == needed && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-#else
-  return false;
-#endif
 }

@@ -65,4 +65,4 @@ struct Neon {
 }  // namespace
 }  // namespace mcmoe
 
-const mcmoe::Kernels* mcmoe::neon_kernels() { return table<Neon, INT8, FP32>("neon"); }
+const mcmoe::Kernels* mcmoe::neon_kernels() { return table<Neon, INT8, FP32>(); }

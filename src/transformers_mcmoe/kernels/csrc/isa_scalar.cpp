@@ -73,7 +73,6 @@ void fill(Kernels& k, int width) {
 const mcmoe::Kernels* mcmoe::scalar_kernels() {
   static const Kernels kernels = [] {
     Kernels k{};
-    k.name = "scalar";
     fill<1>(k, 0), fill<2>(k, 1), fill<3>(k, 2), fill<4>(k, 3), fill<8>(k, 4);
     k.prepare[INT8] = prepare_int8;
     k.prepare[FP32] = prepare_fp32;

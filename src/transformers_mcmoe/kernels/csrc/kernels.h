@@ -33,7 +33,6 @@ using Dot = void (*)(const uint8_t* records, int groups, int units, const int32_
 using Prepare = void (*)(const float* x, int size, int32_t* q, int stride, float* xs, float* xz);
 
 struct Kernels {
-  const char* name;
   Dot dot[MODES][NUM_WIDTHS][NUM_TILES];  // null where the instruction set lacks a mode
   Prepare prepare[MODES];
 };
@@ -44,7 +43,6 @@ constexpr int dwords(int mode) { return mode == INT8 ? 8 : mode == BF16 ? 16 : 3
 // Matrix tiles of 16 dwords that hold a group's columns.
 constexpr int tile_steps(int mode, int units) { return (units * dwords(mode) + 15) / 16; }
 
-bool amx_runs();
 const Kernels* amx_kernels();
 const Kernels* avx512_bf16_kernels();
 const Kernels* avx512_vnni_kernels();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A program that checks the kernels without Python, for the sanitizers and for emulated processors (tests/test_kernels.py):
-// every width, group size and tile, with exactly as much memory as the layout says, on two threads, against a plain
+// every width, three group sizes and tiles of up to 8 tokens, with exactly as much memory as the layout says, on two threads, against a plain
 // computation from the packed bytes.
 #include <math.h>
 #include <stdio.h>
