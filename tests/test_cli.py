@@ -66,7 +66,7 @@ def test_inspect(dense, tmp_path):
     assert backend_info()["cpu"] in bare.output
     dense_model = CliRunner().invoke(app, ["inspect", str(dense / "dense")])
     assert dense_model.exit_code == 1
-    assert "has no mcmoe_report.json" in dense_model.output.replace("\n", " ")
+    assert "has no mcmoe_report.json" in " ".join(dense_model.output.split())
 
 
 def test_module_is_the_command():
