@@ -116,7 +116,7 @@ def _is_hub(dataset: Any) -> bool:
 
 
 def _local(dataset: str | Path) -> Path | None:
-    if isinstance(dataset, str) and ("\n" in dataset or max(map(len, dataset.split("/"))) > 200):
+    if isinstance(dataset, str) and ("\n" in dataset or max(len(part.encode()) for part in dataset.split("/")) > 255):
         raise ValueError(f"dataset is a text of {len(dataset)} characters; give texts as a list of strings: [text].")
     path = Path(dataset)
     return path if path.exists() or path.suffix in LOCAL_FORMATS else None

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What one instruction set offers. Each isa_*.cpp fills a table; dispatch.cpp chooses one.
+// What one instruction set offers. Each isa_*.cpp fills a table; api.cpp chooses one.
 #pragma once
 #include <stdint.h>
 
