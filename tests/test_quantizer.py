@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import compressed, load_class, quick_config, relative_rms, save_dense, tokens
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from transformers_mcmoe import MCMoEConfig, PackedExperts, PackedLinear, Plan, compression_report
 from transformers_mcmoe.plan import ExpertWidths
@@ -129,6 +129,21 @@ def test_sharded_save(packed, tmp_path):
 
 def test_device_map_auto(packed):
     assert torch.equal(_load(packed, device_map="auto")(IDS).logits, _load(packed)(IDS).logits)
+
+
+@torch.no_grad()
+def test_ways_to_generate_agree(packed):
+    model, ids = _load(packed), tokens(2, 24, seed=1)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+    assert torch.equal(model.generate(ids, prefill_chunk_size=7, **options), expected)
+    together = model.generate_batch(
+        [row.tolist() for row in ids],
+        generation_config=GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0),
+        progress_bar=False,
+    )
+    assert sorted(answer.generated_tokens for answer in together.values()) == sorted(expected[:, 24:].tolist())
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "granitemoe"])
