@@ -16,7 +16,7 @@ LAYERS = [
     {"version", "workdir", "memory", "progress", "kernels", "quantization", "allocation", "config", "plan"},
     {"models", "calibration", "nn", "routing", "structure"},
     {"pipeline"},
-    {"quantizer", "integrations", "evaluation", "report", "cli"},
+    {"quantizer", "pruning", "integrations", "evaluation", "report", "cli"},
 ]
 ADDRESSES = {
     "scipy": {"allocation"},
@@ -60,12 +60,15 @@ def test_public_names():
     assert sorted(transformers_mcmoe.__all__) == [
         "MCMoEConfig",
         "MCMoEHfQuantizer",
+        "ODPConfig",
         "PackedExperts",
         "PackedLinear",
         "Plan",
         "__version__",
         "backend_info",
         "compression_report",
+        "expert_pruning_stats",
+        "set_expert_pruning",
     ]
     assert all(hasattr(transformers_mcmoe, name) for name in transformers_mcmoe.__all__)
 

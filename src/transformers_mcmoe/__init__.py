@@ -5,10 +5,11 @@ Importing this package registers the quantization method "mcmoe" with transforme
 (`quantization_config=MCMoEConfig(...)`) and loads packed checkpoints.
 """
 
-from transformers_mcmoe.config import MCMoEConfig
+from transformers_mcmoe.config import MCMoEConfig, ODPConfig
 from transformers_mcmoe.kernels import backend_info
 from transformers_mcmoe.nn import PackedExperts, PackedLinear
 from transformers_mcmoe.plan import Plan
+from transformers_mcmoe.pruning import expert_pruning_stats, set_expert_pruning
 from transformers_mcmoe.quantizer import MCMoEHfQuantizer
 from transformers_mcmoe.report import compression_report
 from transformers_mcmoe.version import __version__
@@ -16,10 +17,13 @@ from transformers_mcmoe.version import __version__
 __all__ = [
     "MCMoEConfig",
     "MCMoEHfQuantizer",
+    "ODPConfig",
     "PackedExperts",
     "PackedLinear",
     "Plan",
     "__version__",
     "backend_info",
     "compression_report",
+    "expert_pruning_stats",
+    "set_expert_pruning",
 ]

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers.quantizers import HfQuantizer, register_quantizer
+from transformers.quantizers import HfQuantizer, auto, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from transformers_mcmoe.config import QUANT_METHOD, MCMoEConfig
+from transformers_mcmoe.config import QUANT_METHOD, MCMoEConfig, ODPConfig
 from transformers_mcmoe.models.experts import Experts, FusedExperts, ListExperts
 from transformers_mcmoe.models.names import packed_conversions
 from transformers_mcmoe.models.stream import Checkpoint
@@ -33,7 +34,9 @@ from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.nn import PackedExperts, PackedLinear
 from transformers_mcmoe.pipeline import Compressed, compress, unread_patterns
 from transformers_mcmoe.plan import Plan, average_bits
+from transformers_mcmoe.pruning import tokens_for, with_thresholds
 from transformers_mcmoe.report import build_report, read_report, write_report
+from transformers_mcmoe.routing import ExpertPruning, attached
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +116,21 @@ class MCMoEHfQuantizer(HfQuantizer):
             self.report = build_report(model, self.quantization_config, self._result)
             self.quantization_config.bits = round(average_bits(self._result.matrices), 6)
             self._result = None
+        self._prune(model)
         model.save_pretrained = types.MethodType(save_pretrained, model)
         return model
+
+    def _prune(self, model: Any) -> None:
+        """Start the expert pruning that the config asks for, or that the checkpoint was saved with."""
+        odp, config = self.quantization_config.odp, self.quantization_config
+        if not isinstance(odp, ODPConfig):
+            config.odp = None
+            return
+        if not odp.calibrated:
+            report = self.report or read_report(model)
+            odp = with_thresholds(model, odp, report, lambda: tokens_for(model, config))
+        ExpertPruning(model, odp)
+        config.odp = odp
 
     @contextmanager
     def saving_to(self, directory: Path) -> Iterator[None]:
@@ -149,6 +165,9 @@ class MCMoEHfQuantizer(HfQuantizer):
         for path, module in list(model.named_modules()):
             if isinstance(module, PackedExperts | PackedLinear) and any(p.is_meta for p in module.parameters()):
                 raise ValueError(f"'{path}' is offloaded; load the model without disk offload to dequantize it.")
+        pruning = attached(model)
+        if pruning is not None:
+            pruning.detach()
         for path, module in list(model.named_modules()):
             if isinstance(module, PackedExperts):
                 model.set_submodule(path, module.restore(dtype))
@@ -158,6 +177,8 @@ class MCMoEHfQuantizer(HfQuantizer):
         model.__dict__.pop("save_pretrained", None)
         # names revert by the family's own mapping again, experts included
         model.__dict__.pop("_weight_conversions", None)
+        if pruning is not None:
+            ExpertPruning(model, pruning.odp)
         return model
 
     def is_serializable(self) -> bool:
@@ -270,6 +291,22 @@ def check_grids(model: Any) -> None:
                 raise ValueError(f"The packed tensor '{path}.weight' holds scales that are not finite; it is damaged.")
 
 
+def _accept_beside_packed_checkpoints() -> None:
+    """Let options of a config that is given for a packed checkpoint reach it: `MCMoEConfig.get_loading_attributes`.
+
+    transformers asks only the config types in a tuple of its own.
+    """
+    types = getattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", None)
+    if types is None:
+        raise ImportError(
+            f"transformers {transformers.__version__} takes no options for quantized checkpoints where its releases 5.16 "
+            "to 5.23 do; install one of those, or update transformers_mcmoe."
+        )
+    if MCMoEConfig not in types:
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*types, MCMoEConfig)
+
+
+_accept_beside_packed_checkpoints()
 # importing twice (a reload, a second install path) must not fail
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantizer(QUANT_METHOD)(MCMoEHfQuantizer)

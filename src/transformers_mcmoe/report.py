@@ -36,7 +36,8 @@ def build_report(model: nn.Module, config: MCMoEConfig, result: Compressed) -> d
 
     Returns:
         `average_bits` (codes only), `bits_per_weight` (bytes x 8 / weights over the quantized matrices, scales and
-        zeros included), `expert_bits` per layer, `activated_bytes_per_token` (bytes of weights read for one token, by
+        zeros included), `expert_bits` per layer, `routing_ratios` (quantiles of smaller over largest routing weights per
+        layer and slot, see `RatioTable`), `activated_bytes_per_token` (bytes of weights read for one token, by
         the calibration's routing; None without calibration), `coverage`, `errors`, `fallbacks`, `sizes` in bytes,
         `seconds` by stage, `versions`, `config`.
     """
@@ -51,6 +52,7 @@ def build_report(model: nn.Module, config: MCMoEConfig, result: Compressed) -> d
         "bits_per_weight": bits_per_weight(matrices, config.group_size),
         "expert_bits": {path: "".join(map(str, widths.gate_up)) for path, widths in result.plan.experts.items()},
         "activated_bytes_per_token": _activated_bytes(model, config, result),
+        "routing_ratios": _ratios(config, result),
         "coverage": {path: _coverage(layer) for path, layer in result.layers.items() if layer.routing is not None},
         "errors": {path: {str(b): e for b, e in layer.errors.items()} for path, layer in result.layers.items()},
         "fallbacks": list(result.fallbacks),
@@ -82,6 +84,17 @@ def _coverage(layer: LayerResult) -> dict[str, Any]:
         "tokens": layer.routing.tokens.tolist(),
         "routing_weight": [round(weight, 4) for weight in layer.routing.weight.tolist()],
         "starved": layer.starved,
+    }
+
+
+def _ratios(config: MCMoEConfig, result: Compressed) -> dict[str, Any]:
+    sizes = _expert_bytes(result, config.group_size)
+    return {
+        path: layer.ratios.table(
+            [sizes[f"{path}.{e}"] for e in range(len(result.plan.experts[path].gate_up))]
+        ).to_dict()
+        for path, layer in result.layers.items()
+        if layer.ratios is not None and layer.ratios.slots
     }
 
 

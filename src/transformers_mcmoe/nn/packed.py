@@ -8,7 +8,7 @@ chosen and how files are read is not their business.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +98,11 @@ class PackedExperts(nn.Module):
     Called like the original. Slots whose expert id is >= E (transformers' sentinel) or whose expert was dropped cost
     nothing. Activation, gate and norm are the original module's own; its weights are gone.
 
+    Attributes:
+        num_experts: E.
+        widths: width of every expert.
+        pruning: given tokens [T, H], expert ids and routing weights [T, K], the ids and weights to go by; or None.
+
     Args:
         experts: adapter of the original module, on meta or not; its weight parameters are removed.
         widths: width of every expert.
@@ -119,6 +124,7 @@ class PackedExperts(nn.Module):
         super().__init__()
         self.num_experts = experts.num_experts
         self.widths, self.leaves = widths, dict(leaves)
+        self.pruning: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         for expert in range(self.num_experts):
             if widths.gate_up[expert]:
                 self.add_module(str(expert), self._expert(experts, expert, group_size, device))
@@ -171,6 +177,16 @@ class PackedExperts(nn.Module):
         guard = torch.empty(0, dtype=torch.uint8, device=device)
         module.register_parameter(leaf, nn.Parameter(guard, requires_grad=False))
 
+    @property
+    def adapter(self) -> FusedExperts:
+        """What is known of the original module."""
+        return self._experts
+
+    def expert_bytes(self) -> list[float]:
+        """Packed bytes of every expert, 0 for one that was dropped."""
+        matrices = self._matrices()
+        return [float(sum(matrix.numel() for matrix in own)) for own in matrices]
+
     def linear(self, expert: int, projection: str) -> PackedLinear:
         """A projection of an expert that was not dropped."""
         return self._modules[str(expert)]._modules[self.leaves[projection]]  # type: ignore[union-attr, return-value]
@@ -180,6 +196,8 @@ class PackedExperts(nn.Module):
         if kwargs:  # families name the routing tensors differently
             signature = inspect.signature(type(self._experts.module).forward)
             args = signature.bind(self, hidden_states, *args, **kwargs).args[2:]
+        if self.pruning is not None:
+            args = self.pruning(*self._experts.route(hidden_states, *args))
         if self._activation is None or not self._repack():
             return self._experts.dispatch(hidden_states, *args, run=self._run)
         x, index, weights = self._experts.route(hidden_states, *args)

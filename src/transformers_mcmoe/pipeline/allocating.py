@@ -18,6 +18,7 @@ from transformers_mcmoe.calibration.statistics import RoutingStatistics
 from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.plan import ExpertWidths
+from transformers_mcmoe.routing import RoutingRatios
 
 # allocations that need the errors of every width
 MEASURED = ("pmq", "f_norm", "hessian")
@@ -29,12 +30,14 @@ class LayerResult:
 
     Attributes:
         routing: token counts and routing weights, None if no tokens were run.
+        ratios: how much smaller than its largest a token's routing weights are.
         errors: width -> eps of every expert.
         hessian_errors: width -> sum of Tr(H) / tokens * |W' - W|^2 over the matrices of every expert.
         starved: experts that saw too few tokens to be measured on their own.
     """
 
     routing: RoutingStatistics | None = None
+    ratios: RoutingRatios | None = None
     errors: dict[int, list[float]] = field(default_factory=dict)
     hessian_errors: dict[int, list[float]] = field(default_factory=dict)
     starved: list[int] = field(default_factory=list)

@@ -23,7 +23,7 @@ from transformers_mcmoe.calibration.statistics import (
     hessian_error,
     output_errors,
 )
-from transformers_mcmoe.config import MCMoEConfig
+from transformers_mcmoe.config import MCMoEConfig, ODPConfig
 from transformers_mcmoe.memory import return_free_memory
 from transformers_mcmoe.models.stream import LayerRunner
 from transformers_mcmoe.models.structure import Structure
@@ -33,6 +33,7 @@ from transformers_mcmoe.pipeline.writing import Writer
 from transformers_mcmoe.plan import ExpertWidths, Plan
 from transformers_mcmoe.progress import Meter
 from transformers_mcmoe.quantization import dequantize
+from transformers_mcmoe.routing import RoutingRatios, check_top_k, record_routing
 from transformers_mcmoe.workdir import WorkDir
 
 logger = logging.getLogger(__name__)
@@ -311,11 +312,15 @@ class Job:
         """Run layer i with idle experts; count and sample what reaches them."""
         experts, result = self._structure.experts[path], self.layers[path]
         inputs = ExpertInputs(experts.num_experts, self._work.path / "expert_inputs.bin", self._config.seed)
-        self._watch(i, path, hessians, inputs, held_out)
+        ratios = RoutingRatios(experts.num_experts)
+        with record_routing(experts.module, experts, ratios):
+            self._watch(i, path, hessians, inputs, held_out)
         if int(inputs.routing.tokens.sum()) == 0:
             raise ValueError(f"No calibration token reached the experts of '{path}'; use other calibration data.")
         known = result.routing is not None
-        result.routing = inputs.routing
+        result.routing, result.ratios = inputs.routing, ratios
+        if isinstance(self._config.odp, ODPConfig):
+            check_top_k(ratios.slots, path)
         result.starved = [e for e in range(experts.num_experts) if inputs.is_starved(e)]
         if result.starved and not known and (self._config.rounding == "gptq" or self._config.allocation in MEASURED):
             self._fall_back(

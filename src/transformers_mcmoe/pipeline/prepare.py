@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers_mcmoe.allocation.budget import LayerSize, expert_budgets
 from transformers_mcmoe.calibration.data import calibration_tokens
 from transformers_mcmoe.calibration.hessians import ExpertHessians
-from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig
+from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig, ODPConfig
 from transformers_mcmoe.models.structure import Structure
+from transformers_mcmoe.routing import check_prunable
 from transformers_mcmoe.version import __version__
 from transformers_mcmoe.workdir import fingerprint
 
@@ -33,6 +34,13 @@ def prepare(structure: Structure, config: MCMoEConfig) -> tuple[dict[str, int], 
     Raises:
         ValueError: the budget or the plan does not fit the model, or the data cannot be used.
     """
+    if isinstance(config.odp, ODPConfig):
+        check_prunable(structure.model, config.odp)
+        if config.plan is not None and config.rounding == "nearest" and config.odp.threshold is None:
+            raise ValueError(
+                "odp finds its thresholds by calibration, but a given plan with rounding='nearest' needs none; "
+                "give ODPConfig(threshold=...), or rounding='gptq'."
+            )
     budgets: dict[str, int] = {}
     if config.plan is not None:
         structure.check(config.plan)

@@ -9,7 +9,15 @@ E experts, H hidden size, I intermediate size, T tokens, K experts per token.
 """
 
 from transformers_mcmoe.models.experts.base import BLOCK, Experts, Projection, Record
-from transformers_mcmoe.models.experts.finding import EXCEPTIONS, find_experts, find_linears, layer_of, stacks_of
+from transformers_mcmoe.models.experts.finding import (
+    EXCEPTIONS,
+    find_experts,
+    find_linears,
+    is_attention,
+    layer_of,
+    routes_outside,
+    stacks_of,
+)
 from transformers_mcmoe.models.experts.fused import FusedExperts
 from transformers_mcmoe.models.experts.listed import ListExperts
 
@@ -23,6 +31,8 @@ __all__ = [
     "Record",
     "find_experts",
     "find_linears",
+    "is_attention",
     "layer_of",
+    "routes_outside",
     "stacks_of",
 ]

@@ -27,8 +27,19 @@ EXCEPTIONS: dict[str, type[Experts] | str] = {
 }
 
 
-def find_experts(model: nn.Module, modules_to_not_convert: Sequence[str] = ()) -> dict[str, Experts]:
+def find_experts(
+    model: nn.Module,
+    modules_to_not_convert: Sequence[str] = (),
+    skip: type[nn.Module] | None = None,
+    required: bool = True,
+) -> dict[str, Experts]:
     """All experts of a model, by module path.
+
+    Args:
+        model: a model with its original modules.
+        modules_to_not_convert: names or patterns of modules to leave.
+        skip: class of modules that are passed over, with what is in them.
+        required: whether it is an error to find none.
 
     Raises:
         ValueError: the model has no experts, or all of them are excluded.
@@ -36,7 +47,13 @@ def find_experts(model: nn.Module, modules_to_not_convert: Sequence[str] = ()) -
     """
     found: dict[str, Experts] = {}
     excluded = False
+    passed: list[str] = []
     for path, module in model.named_modules():
+        if skip is not None and isinstance(module, skip):
+            passed.append(path + ".")
+            continue
+        if passed and path.startswith(tuple(passed)):
+            continue
         kind = EXCEPTIONS.get(type(module).__name__)
         if kind is None:
             if is_fused(module):
@@ -56,7 +73,7 @@ def find_experts(model: nn.Module, modules_to_not_convert: Sequence[str] = ()) -
             found[path] = kind(path, module)
         else:
             excluded = True
-    if not found:
+    if not found and required:
         reason = "modules_to_not_convert excludes all of its experts" if excluded else "it has no MoE experts"
         raise ValueError(
             f"{type(model).__name__} cannot be compressed: {reason}; transformers_mcmoe is for Mixture-of-Experts models."
@@ -96,7 +113,7 @@ def find_linears(
             continue
         parent_path = path.rpartition(".")[0]
         parent = model.get_submodule(parent_path)
-        if _is_attention(parent):
+        if is_attention(parent):
             bits = attention_bits
         elif _is_mlp(parent) and not any(other.startswith(parent_path + ".") for other in experts):
             bits = shared_expert_bits
@@ -124,12 +141,17 @@ def stacks_of(paths: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(layer_of(path)[0] for path in paths))
 
 
-def _is_attention(module: nn.Module) -> bool:
+def is_attention(module: nn.Module) -> bool:
     """Softmax attention: it has a scale for its logits, which linear attention and state-space layers lack."""
     name = type(module).__name__
     if not hasattr(module, "scaling") or re.search(r"Linear|Lightning|Delta|Mamba|Indexer", name):
         return False
     return hasattr(module, "num_key_value_groups") or "Attention" in name
+
+
+def routes_outside(experts: Experts) -> bool:
+    """Whether routing weights are applied by the block around the experts, which are not handed them."""
+    return not isinstance(experts, FusedExperts) or isinstance(experts, Llama4Experts)
 
 
 def _is_mlp(module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from transformers.quantizers import register_quantization_config
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from transformers_mcmoe.config.pruning import ODPConfig
 from transformers_mcmoe.plan import Plan
 from transformers_mcmoe.quantization.grid import FITS, Grid
 from transformers_mcmoe.quantization.packing import WIDTHS
@@ -47,7 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 # options of later releases; accepted only as None or False
-RESERVED = ("odp", "otp", "prune", "rank", "granularity", "target_size")
+RESERVED = ("otp", "prune", "rank", "granularity", "target_size")
 # belong to one run on one machine, never stored
 RUNTIME = ("tokenizer", "work_dir", "max_memory", "device", "progress")
 
@@ -96,6 +97,8 @@ class MCMoEConfig(QuantizationConfigMixin):
         max_memory: bytes (or "12GB") that compression may take; checked against the estimate before it starts.
         device: where layers are run; default "cpu".
         plan: a plan (dict, or path of a JSON file) that is used instead of the allocation; GPTQ still needs a dataset.
+        odp: dynamic expert pruning at run time: True, or an `ODPConfig`. None keeps what a packed checkpoint was saved
+            with, False switches it off.
         progress: called with a `progress.Progress` after every step; default logging and a progress bar.
 
     Raises:
@@ -136,6 +139,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         max_memory: int | str | None = None,
         device: str | torch.device | None = None,
         plan: Mapping[str, Any] | str | Path | Plan | None = None,
+        odp: bool | ODPConfig | Mapping[str, Any] | None = None,
         progress: Callable[[Any], None] | None = None,
         **reserved: Any,
     ) -> None:
@@ -166,6 +170,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         self.max_memory = max_memory
         self.device = torch.device(device) if device is not None else None
         self.plan = _read_plan(plan)
+        self.odp = ODPConfig.read(odp) if odp is not False else False
         self.progress = progress
         _refuse_reserved(reserved)
         self._apply_preset()
@@ -261,11 +266,16 @@ class MCMoEConfig(QuantizationConfigMixin):
         data["expert_bits"] = list(self.expert_bits)
         data["at_least"] = {str(width): count for width, count in self.at_least.items()}
         data["plan"] = self.plan.to_dict() if self.plan is not None else None
+        data["odp"] = self.odp.to_dict() if isinstance(self.odp, ODPConfig) else None
         # texts and token ids given in memory are not stored
         data["dataset"] = self.dataset if isinstance(self.dataset, str | dict) else None
         if isinstance(self.dataset, Path):
             data["dataset"] = str(self.dataset)
         return data
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What of a config that is given beside a packed checkpoint replaces the saved value."""
+        return {} if self.odp is None else {"odp": self.odp}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MCMoEConfig:
         """transformers copies model configs with what is in them; data, tokenizer and callback are shared."""

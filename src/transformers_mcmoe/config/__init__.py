@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MCMoEConfig and the options of its parts: every knob there is, validated on construction, stored as JSON.
+
+Knows no model: what depends on shapes is checked by the pipeline.
+"""
+
+from transformers_mcmoe.config.compression import (
+    ALLOCATIONS,
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    RESERVED,
+    ROUNDINGS,
+    MCMoEConfig,
+)
+from transformers_mcmoe.config.pruning import ODPConfig
+
+__all__ = ["ALLOCATIONS", "FORMAT_VERSION", "QUANT_METHOD", "RESERVED", "ROUNDINGS", "MCMoEConfig", "ODPConfig"]

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ODPConfig: which routed experts a token skips at run time, and how thresholds for that are chosen.
+
+Knows options and their ranges, no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+METHODS = ("odp", "random", "mean", "variance", "kurtosis")
+# share of a sequence's tokens that "odp" keeps whole; other methods protect none unless asked to
+PROTECT = 0.02
+
+
+@dataclass(frozen=True)
+class ODPConfig:
+    """Dynamic expert pruning: routed experts that a token skips (arXiv 2410.06270, section 3.3).
+
+    A token skips the expert in its j-th largest routing slot when `w_j < mu_j * w_1`. The most important tokens of a
+    sequence keep all of theirs. At most one of `threshold`, `quantile` and `rate` may be given; none means
+    `quantile=0.5`, the paper's median.
+
+    Args:
+        threshold: mu itself, the same for all slots and layers; 0 skips nothing.
+        quantile: mu_j is this quantile of w_j / w_1 over the calibration tokens, per layer and slot.
+        rate: mu, per layer, such that this share of the expert bytes that are routed to is skipped on calibration data.
+        protect: share of a sequence's tokens that keep all their experts; default 0.02 for "odp", 0 else. With 0,
+            "odp" is the threshold alone (NAEE, arXiv 2402.14800).
+        causal: choose protected tokens from earlier tokens only, also within a prompt; then results do not depend on how
+            a prompt is cut into calls. False, as the paper: a prompt is looked at as a whole.
+        layers: "all", the numbers of decoder layers, or "auto": those that change the output least, as many as `max_kl`
+            allows on calibration data.
+        max_kl: with layers="auto", largest mean KL divergence (nats per token) from the model without pruning.
+        renormalize: scale kept weights to the sum that all had; default: where the model's router normalises.
+        method: "odp", or a comparator: "random" skips slots at random, "mean", "variance" and "kurtosis" reduce the
+            tokens whose hidden vector has the lowest such statistic to their first expert. All but "odp" need `rate`.
+        drop_all: share of a sequence's least important tokens that skip all routed experts.
+        seed: seed of "random".
+        thresholds: by experts module, what calibration found for its slots 2..K: mu, or for "random" the probability to
+            skip, or for token statistics the share of tokens that are reduced.
+        normalized: by experts module, whether routing weights always had the same sum.
+
+    Raises:
+        ValueError: an option is outside its range, or options contradict each other.
+    """
+
+    threshold: float | None = None
+    quantile: float | None = None
+    rate: float | None = None
+    protect: float | None = None
+    causal: bool = False
+    layers: str | Sequence[int] = "all"
+    max_kl: float | None = None
+    renormalize: bool | None = None
+    method: str = "odp"
+    drop_all: float = 0.0
+    seed: int = 0
+    thresholds: Mapping[str, Sequence[float]] | None = None
+    normalized: Mapping[str, bool] | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.method in METHODS, "method", self.method, f"one of {METHODS}")
+        self._check_level()
+        if self.protect is None:
+            object.__setattr__(self, "protect", PROTECT if self.method == "odp" else 0.0)
+        for name in ("protect", "drop_all"):
+            value = getattr(self, name)
+            _check(_is_number(value) and 0 <= value < 1, name, value, "a share in [0, 1)")
+        together = self.protect + self.drop_all  # type: ignore[operator]
+        _check(together <= 1, "drop_all", self.drop_all, f"at most 1 - protect = {1 - self.protect:g}")  # type: ignore[operator]
+        for name in ("causal", "renormalize"):
+            value = getattr(self, name)
+            given = isinstance(value, bool) or (value is None and name == "renormalize")
+            _check(given, name, value, "True or False")
+        _check(isinstance(self.seed, int) and self.seed >= 0, "seed", self.seed, "an integer >= 0")
+        if not isinstance(self.layers, str):
+            numbers = isinstance(self.layers, Sequence) and all(isinstance(i, int) and i >= 0 for i in self.layers)
+            _check(numbers and len(self.layers) > 0, "layers", self.layers, "'all', 'auto' or a list of layer numbers")
+            object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+        else:
+            _check(self.layers in ("all", "auto"), "layers", self.layers, "'all', 'auto' or a list of layer numbers")
+        if self.layers == "auto":
+            positive = _is_number(self.max_kl) and self.max_kl > 0  # type: ignore[operator]
+            _check(positive, "max_kl", self.max_kl, "a number > 0 with layers='auto', nats per token")
+        else:
+            _check(self.max_kl is None, "max_kl", self.max_kl, "left out unless layers='auto'")
+
+    def _check_level(self) -> None:
+        given = {name: getattr(self, name) for name in ("threshold", "quantile", "rate")}
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) > 1:
+            raise ValueError(f"threshold, quantile and rate contradict each other; {given} are given: keep one.")
+        for name, value in given.items():
+            _check(_is_number(value) and 0 <= value <= 1, name, value, "a number in [0, 1]")
+        if self.method != "odp" and "rate" not in given:
+            wanted = f"given with method={self.method!r}, and neither threshold nor quantile"
+            _check(False, "rate", self.rate, wanted)
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether tokens are ranked by their importance."""
+        return bool(self.protect or self.drop_all)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether thresholds are known for the layers they are to be used in."""
+        return self.thresholds is not None and self.normalized is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        data = asdict(self)
+        data["layers"] = list(self.layers) if not isinstance(self.layers, str) else self.layers
+        if self.thresholds is not None:
+            data["thresholds"] = {path: list(values) for path, values in self.thresholds.items()}
+        return data
+
+    @classmethod
+    def read(cls, value: Any) -> ODPConfig | None:
+        """What a user or config.json gives: None and False are no pruning, True the defaults, a dict the JSON form.
+
+        Raises:
+            ValueError: something else, or an unknown option.
+        """
+        if value is None or value is False:
+            return None
+        if value is True:
+            return cls()
+        if isinstance(value, Mapping):
+            unknown = sorted(set(value) - {field.name for field in fields(cls)})
+            if unknown:
+                raise ValueError(
+                    f"ODPConfig has no option {unknown[0]!r}; see its docstring for the options there are."
+                )
+            return cls(**value)
+        _check(isinstance(value, cls), "odp", value, "True, False or an ODPConfig")
+        return value
+
+
+def _check(ok: bool, name: str, value: Any, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value!r} is not valid: it must be {expected}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expert pruning as users call it: switch it on, off or to other options on a loaded model, and see what it saves.
+
+Finds thresholds, in what a compression recorded or by running text through the model; `routing` applies them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from transformers_mcmoe.calibration.data import calibration_tokens
+from transformers_mcmoe.config import MCMoEConfig, ODPConfig
+from transformers_mcmoe.models.experts import layer_of
+from transformers_mcmoe.report import compression_report
+from transformers_mcmoe.routing import (
+    ExpertPruning,
+    RatioTable,
+    attached,
+    check_top_k,
+    chosen_layers,
+    expert_bytes,
+    observe_routing,
+    prunable_experts,
+)
+
+logger = logging.getLogger(__name__)
+
+# tokens per forward pass while thresholds are measured
+BATCH_TOKENS = 2048
+# calibration tokens that layers="auto" compares outputs on: their logits are held
+KL_TOKENS = 2048
+
+
+def set_expert_pruning(
+    model: Any,
+    odp: bool | ODPConfig | Mapping[str, Any] = True,
+    *,
+    dataset: Any = None,
+    tokenizer: Any = None,
+    num_samples: int = 128,
+    seq_len: int = 2048,
+    seed: int = 0,
+) -> ODPConfig | None:
+    """Switch dynamic expert pruning of a loaded model on, off, or to other options.
+
+    A packed model needs no data: its compression recorded what thresholds are read from. A model that was not compressed
+    runs calibration text first, unless `threshold` is given; skipped slots get the weight 0 there, which gives the
+    results of pruning and saves no time.
+
+    Args:
+        model: a transformers model, packed or not; changed in place. What it is saved with changes, too.
+        odp: True for the defaults, options, or False for off.
+        dataset: calibration text, as in `MCMoEConfig`; for packed models, measure again on this.
+        tokenizer: tokenizer object or id; default the model's own.
+        num_samples: calibration sequences.
+        seq_len: tokens per calibration sequence.
+        seed: seed of the choice of text.
+
+    Returns:
+        The options with the thresholds that were found, None for off.
+
+    Raises:
+        ValueError: no thresholds can be found, or options do not fit the model; the model then keeps what it had.
+    """
+    before, options = attached(model), ODPConfig.read(odp)
+    config = _quantization_config(model)
+    if options is not None:
+        chosen_layers(prunable_experts(model), options)  # refuses what does not fit before anything is run
+    if before is not None:
+        before.detach()
+    try:
+        if options is not None:
+            tokens = None
+            if dataset is not None:
+                texts = MCMoEConfig(
+                    dataset=dataset, tokenizer=tokenizer, num_samples=num_samples, seq_len=seq_len, seed=seed
+                )
+                tokens = tokens_for(model, texts)
+            report = None if config is None or tokens is not None else compression_report(model)
+            if not options.calibrated or tokens is not None:
+                options = with_thresholds(model, options, report, None if tokens is None else lambda: tokens)
+            ExpertPruning(model, options)
+    except BaseException:
+        if before is not None:
+            ExpertPruning(model, before.odp)
+        raise
+    if config is not None:
+        config.odp = options
+    return options
+
+
+def with_thresholds(
+    model: Any, odp: ODPConfig, report: Mapping[str, Any] | None, tokens: Callable[[], Tensor] | None
+) -> ODPConfig:
+    """The options with thresholds, and with the layers that `layers="auto"` finds.
+
+    Args:
+        model: the model, without pruning.
+        odp: the options.
+        report: of its compression, if there is one: what thresholds are read from.
+        tokens: gives calibration tokens [N, T] where the report is not enough.
+    """
+    recorded = (report or {}).get("routing_ratios")
+    if recorded:
+        tables = {path: RatioTable.from_dict(table) for path, table in recorded.items()}
+    else:
+        tables = _measure(model, odp, tokens)
+    for path, table in tables.items():
+        check_top_k(table.slots, path)
+    thresholds = {path: [round(level, 6) for level in table.levels(odp)] for path, table in tables.items()}
+    odp = replace(odp, thresholds=thresholds, normalized={path: table.normalized for path, table in tables.items()})
+    if odp.layers != "auto":
+        return odp
+    if tokens is None:
+        raise ValueError("layers='auto' compares outputs on calibration text; give dataset=.")
+    return replace(odp, layers=_choose_layers(model, odp, tokens()), max_kl=None)
+
+
+def tokens_for(model: Any, config: MCMoEConfig) -> Tensor:
+    """Calibration tokens [N, T] that a config asks for."""
+    return calibration_tokens(
+        config.dataset,
+        config.tokenizer,
+        num_samples=config.num_samples,
+        seq_len=config.seq_len,
+        seed=config.seed,
+        model_name=getattr(model.config, "name_or_path", ""),
+    )
+
+
+def expert_pruning_stats(model: Any, reset: bool = False) -> dict[str, Any]:
+    """What expert pruning skipped since it was switched on, or since the last reset.
+
+    Args:
+        model: a model with expert pruning.
+        reset: start counting again afterwards.
+
+    Returns:
+        "prefill" (calls with several tokens a sequence) and "decode", each with `tokens`; `slots` and `bytes`, the
+        routed (token, expert) pairs and the bytes of their experts; `slots_skipped` and `bytes_skipped`, shares of
+        these; `bytes_per_token`, the bytes of experts that a token ran, over all layers; and `layers`, the same per
+        experts module. Shares are None where nothing was routed. Padding is not counted.
+
+    Raises:
+        ValueError: the model has no expert pruning.
+    """
+    pruning = attached(model)
+    if pruning is None:
+        raise ValueError("This model has no expert pruning; switch it on with set_expert_pruning(model).")
+    report: dict[str, Any] = {}
+    for phase, name in enumerate(("prefill", "decode")):
+        layers = {path: layer.counts.read(phase) for path, layer in pruning.layers.items()}
+        total = {key: sum(layer[key] for layer in layers.values()) for key in next(iter(layers.values()))}
+        total["tokens"] = max(layer["tokens"] for layer in layers.values())
+        report[name] = _shares(total) | {"layers": {path: _shares(layer) for path, layer in layers.items()}}
+    if reset:
+        for layer in pruning.layers.values():
+            layer.counts.reset()
+    return report
+
+
+def _shares(sums: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "tokens": int(sums["tokens"]),
+        "slots": int(sums["slots"]),
+        "bytes": int(sums["bytes"]),
+        "slots_skipped": sums["slots_skipped"] / sums["slots"] if sums["slots"] else None,
+        "bytes_skipped": sums["bytes_skipped"] / sums["bytes"] if sums["bytes"] else None,
+        "bytes_per_token": (sums["bytes"] - sums["bytes_skipped"]) / sums["tokens"] if sums["tokens"] else None,
+    }
+
+
+def _measure(model: Any, odp: ODPConfig, tokens: Callable[[], Tensor] | None) -> dict[str, RatioTable]:
+    """What is known of the routing of every experts module: measured on tokens, or on a few random ones."""
+    if tokens is not None:
+        ids = tokens()
+    elif odp.threshold is not None:
+        # how many slots there are and whether their weights have a fixed sum: a few tokens show it
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        ids = torch.randint(0, vocabulary, (1, 64), generator=torch.Generator().manual_seed(0))
+    else:
+        raise ValueError(
+            "Nothing is known of this model's routing weights, which thresholds are read from; give dataset=, or "
+            "ODPConfig(threshold=...)."
+        )
+    with observe_routing(model) as ratios:
+        for batch in ids.split(max(1, BATCH_TOKENS // ids.shape[1])):
+            _logits(model, batch, keep=1)
+    sizes = expert_bytes(model)
+    return {path: own.table(sizes[path]) for path, own in ratios.items()}
+
+
+def _choose_layers(model: Any, odp: ODPConfig, tokens: Tensor) -> list[int]:
+    """The most layers whose pruning together stays within `max_kl`, those first that cost least for a byte."""
+    tokens = tokens[: max(1, KL_TOKENS // tokens.shape[1]), :KL_TOKENS]
+    everywhere = replace(odp, layers="all", max_kl=None)
+    base = functional.log_softmax(_logits(model, tokens), dim=-1)
+
+    def measure(layers: Sequence[int]) -> tuple[float, float]:
+        """KL in nats per token, and bytes skipped."""
+        pruning = ExpertPruning(model, replace(everywhere, layers=layers))
+        try:
+            pruned = functional.log_softmax(_logits(model, tokens), dim=-1)
+            skipped = expert_pruning_stats(model)["prefill"]
+        finally:
+            pruning.detach()
+        kl = functional.kl_div(pruned, base, reduction="sum", log_target=True) / tokens.numel()
+        return float(kl), (skipped["bytes_skipped"] or 0.0) * skipped["bytes"]
+
+    numbers = sorted({layer_of(path)[1] for path in odp.thresholds or ()})
+    cost = {}
+    for number in numbers:
+        kl, saved = measure([number])
+        cost[number] = kl / saved if saved else float("inf")
+        logger.info("Pruning layer %d alone: KL %.5f.", number, kl)
+    order = sorted(numbers, key=lambda number: cost[number])
+    low, high = 0, len(order)  # the first `low` fit, more than `high` do not
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if measure(sorted(order[:middle]))[0] <= odp.max_kl else (low, middle - 1)  # type: ignore[operator]
+    if not low:
+        raise ValueError(f"max_kl={odp.max_kl} allows no layer to be pruned; raise it or lower the rate.")
+    return sorted(order[:low])
+
+
+@torch.no_grad()
+def _logits(model: Any, tokens: Tensor, keep: int | None = None) -> Tensor:
+    """Logits [N, T, V] float32 of a model in evaluation mode; only those of the last `keep` tokens."""
+    with _evaluating(model):
+        device = model.get_input_embeddings().weight.device
+        options = {} if keep is None else {"logits_to_keep": keep}
+        return model(input_ids=tokens.to(device), use_cache=False, **options).logits.to("cpu", torch.float32)
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _quantization_config(model: Any) -> MCMoEConfig | None:
+    quantizer = getattr(model, "hf_quantizer", None)
+    config = getattr(quantizer, "quantization_config", None)
+    return config if isinstance(config, MCMoEConfig) else None

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts expert pruning between the routers and the experts of a model, packed or not, and takes it out again.
+
+Knows modules and hooks; which slots are skipped is decided elsewhere (`odp`), and thresholds are given.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from transformers_mcmoe.config import ODPConfig
+from transformers_mcmoe.models.experts import (
+    Experts,
+    FusedExperts,
+    find_experts,
+    is_attention,
+    layer_of,
+    routes_outside,
+    stacks_of,
+)
+from transformers_mcmoe.nn import PackedExperts
+from transformers_mcmoe.routing.importance import IMPLEMENTATIONS, RECORDER, Call, TokenImportance
+from transformers_mcmoe.routing.odp import LayerPruning
+from transformers_mcmoe.routing.ratios import RoutingRatios
+
+# attribute of a pruned model: its `ExpertPruning`
+ATTRIBUTE = "mcmoe_expert_pruning"
+# names that model configs have for K
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
+
+
+def prunable_experts(model: nn.Module) -> dict[str, FusedExperts]:
+    """Adapters of all experts modules, packed ones included, by path.
+
+    Raises:
+        ValueError: the model has no experts, or their routing cannot be changed: it is applied outside of them, or
+            each token has a single expert.
+    """
+    packed = {path: module.adapter for path, module in model.named_modules() if isinstance(module, PackedExperts)}
+    found: dict[str, Experts] = {**packed, **find_experts(model, skip=PackedExperts, required=not packed)}
+    for path, experts in found.items():
+        if routes_outside(experts):
+            raise ValueError(
+                f"The experts of class {type(experts.module).__name__} at '{path}' are not handed their routing weights; "
+                "expert pruning is not available for this model."
+            )
+    return found  # type: ignore[return-value]
+
+
+def check_top_k(slots: int, path: str) -> None:
+    """Raise ValueError where a token has one expert only."""
+    if slots < 2:
+        raise ValueError(
+            f"The router of '{path}' sends each token to one expert, and one is always kept; "
+            "expert pruning needs a model with two experts per token or more, leave odp out."
+        )
+
+
+class ExpertPruning:
+    """The pruning of one model, while it is attached.
+
+    Args:
+        model: a transformers model.
+        odp: options with thresholds for the layers they name.
+
+    Attributes:
+        layers: pruning of each layer, by experts path.
+
+    Raises:
+        ValueError: thresholds do not belong to the model; tokens are to be ranked, but the model has no attention or
+            one whose weights cannot be taken.
+    """
+
+    def __init__(self, model: Any, odp: ODPConfig) -> None:
+        self.odp = odp
+        self.layers: dict[str, LayerPruning] = {}
+        self._model = model
+        self._handles: list[Any] = []
+        self._attentions: list[tuple[Any, str]] = []
+        found = prunable_experts(model)
+        thresholds, normalized = odp.thresholds or {}, odp.normalized or {}
+        chosen = chosen_layers(found, odp)
+        lacking = [path for path in chosen if path not in thresholds or path not in normalized]
+        if lacking:
+            raise ValueError(f"The pruning thresholds do not fit the model: '{lacking[0]}' has none; calibrate again.")
+        calls = {stack: self._follow_calls(stack) for stack in stacks_of(chosen)}
+        if odp.needs_attention:
+            _check_attention(model, chosen)
+        importance = self._rank_tokens(chosen, calls) if odp.needs_attention else {}
+        for path in chosen:
+            renormalize = normalized[path] if odp.renormalize is None else odp.renormalize
+            call = calls[layer_of(path)[0]]
+            self._attach(path, found[path], list(thresholds[path]), renormalize, call, importance.get(_layer(path)))
+        setattr(model, ATTRIBUTE, self)
+
+    def _attach(
+        self,
+        path: str,
+        experts: FusedExperts,
+        levels: Sequence[float],
+        renormalize: bool,
+        call: Call,
+        importance: TokenImportance | None,
+    ) -> None:
+        module = self._model.get_submodule(path)
+        packed = isinstance(module, PackedExperts)
+        skip = experts.num_experts + experts.identity_experts if packed else None
+        sizes = _bytes(module, experts)
+        pruning = LayerPruning(self.odp, path, levels, renormalize, call, importance, sizes, skip)
+        self.layers[path] = pruning
+        if isinstance(module, PackedExperts):
+            module.pruning = pruning
+        else:
+            self._handles.append(module.register_forward_pre_hook(_rerouted(experts, pruning), with_kwargs=True))
+
+    def _follow_calls(self, stack: str) -> Call:
+        """What is known of the calls of a stack of decoder layers."""
+        call, owner = Call(), self._model.get_submodule(stack.rpartition(".")[0])
+        self._handles.append(owner.register_forward_pre_hook(call.begin, with_kwargs=True))
+        if self.odp.needs_attention or self.odp.method in ("mean", "variance", "kurtosis"):
+            self._handles.append(owner.register_forward_pre_hook(call.remember, with_kwargs=True))
+            self._handles.append(owner.register_forward_hook(call.keep))
+        return call
+
+    def _rank_tokens(self, chosen: Sequence[str], calls: Mapping[str, Call]) -> dict[str, TokenImportance]:
+        """Importance of tokens by decoder layer, recorded from now on."""
+        found: dict[str, TokenImportance] = {}
+        sources: dict[int, tuple[nn.Module, Call]] = {}
+        for layer, call in {_layer(path): calls[layer_of(path)[0]] for path in chosen}.items():
+            found[layer] = importance = TokenImportance(call, layer, self.odp.causal)
+            hook = self._model.get_submodule(layer).register_forward_pre_hook(importance.enter, with_kwargs=True)
+            self._handles.append(hook)
+            sources |= {id(module): (module, call) for module in _attention_before(self._model, layer)}
+        self._switch_attention([module for module, _ in sources.values()])
+        for module, call in sources.values():
+            setattr(module, RECORDER, call)
+        return found
+
+    def _switch_attention(self, modules: Sequence[Any]) -> None:
+        """Let attention run under the function that also records."""
+        configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
+        for config in configs.values():
+            current = config._attn_implementation or "eager"
+            if current not in IMPLEMENTATIONS:
+                self.detach()
+                raise ValueError(
+                    f"attn_implementation={current!r} does not give the attention that tokens receive; load the model "
+                    f"with one of {tuple(IMPLEMENTATIONS)}, or set protect=0."
+                )
+            config._attn_implementation = IMPLEMENTATIONS[current]
+            self._attentions.append((config, current))
+
+    def detach(self) -> None:
+        """Take everything out; the model computes what it did before."""
+        for handle in self._handles:
+            handle.remove()
+        for config, implementation in self._attentions:
+            config._attn_implementation = implementation
+        for module in self._model.modules():
+            if isinstance(module, PackedExperts):
+                module.pruning = None
+            if hasattr(module, RECORDER):
+                delattr(module, RECORDER)
+        self._handles, self._attentions = [], []
+        if getattr(self._model, ATTRIBUTE, None) is self:
+            delattr(self._model, ATTRIBUTE)
+
+
+def attached(model: Any) -> ExpertPruning | None:
+    """The pruning of a model, None where there is none."""
+    return getattr(model, ATTRIBUTE, None)
+
+
+def chosen_layers(found: Mapping[str, FusedExperts], odp: ODPConfig) -> list[str]:
+    """Experts paths in the decoder layers that the options name; all for "auto".
+
+    Raises:
+        ValueError: a layer has no experts.
+    """
+    if isinstance(odp.layers, str):
+        return list(found)
+    numbers = {layer_of(path)[1] for path in found}
+    unknown = [number for number in odp.layers if number not in numbers]
+    if unknown:
+        raise ValueError(f"layers={list(odp.layers)} is not valid: layer {unknown[0]} has no experts.")
+    return [path for path in found if layer_of(path)[1] in odp.layers]
+
+
+def _layer(path: str) -> str:
+    """Path of the decoder layer that a module lies in."""
+    return ".".join(map(str, layer_of(path)))
+
+
+@contextmanager
+def observe_routing(model: Any) -> Iterator[dict[str, RoutingRatios]]:
+    """While open, every call of the model adds to what is known of its routing, by experts path."""
+    found = prunable_experts(model)
+    ratios = {path: RoutingRatios(experts.num_experts) for path, experts in found.items()}
+    with ExitStack() as stack:
+        for path, experts in found.items():
+            stack.enter_context(record_routing(model.get_submodule(path), experts, ratios[path]))
+        yield ratios
+
+
+@contextmanager
+def record_routing(module: nn.Module, experts: Experts, ratios: RoutingRatios) -> Iterator[None]:
+    """While open, every call of an experts module is counted; nothing is where it is not handed its routing."""
+    if routes_outside(experts):
+        yield
+        return
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _, index, weights = experts.route(*_routing(experts, args, kwargs))  # type: ignore[attr-defined]
+        ratios.add(index, weights)
+
+    with module.register_forward_pre_hook(hook, with_kwargs=True):
+        yield
+
+
+def check_prunable(model: Any, odp: ODPConfig) -> None:
+    """Raise ValueError if a model cannot be pruned with these options, before anything is run.
+
+    Whether a token has one expert only is read from the model's config, where it has one of the usual names.
+    """
+    found = prunable_experts(model)
+    chosen_layers(found, odp)
+    config = model.config.get_text_config()
+    for name in TOP_K:
+        if isinstance(slots := getattr(config, name, None), int):
+            check_top_k(slots, next(iter(found)))
+    if odp.needs_attention:
+        _check_attention(model, found)
+
+
+def _check_attention(model: Any, paths: Iterable[str]) -> None:
+    modules = (module for stack in stacks_of(paths) for module in model.get_submodule(stack).modules())
+    if not any(is_attention(module) for module in modules):
+        raise ValueError(f"{type(model).__name__} has no attention to rank tokens by; set protect=0 and drop_all=0.")
+
+
+def _attention_before(model: Any, layer: str) -> list[nn.Module]:
+    """Softmax attention modules of a decoder layer, or of the last layer before it that has any."""
+    stack, number = layer_of(layer)
+    for i in range(number, -1, -1):
+        modules = [module for module in model.get_submodule(f"{stack}.{i}").modules() if is_attention(module)]
+        if modules:
+            return modules
+    return []
+
+
+def expert_bytes(model: nn.Module) -> dict[str, list[float]]:
+    """Bytes of every expert, by experts path."""
+    return {path: _bytes(model.get_submodule(path), experts) for path, experts in prunable_experts(model).items()}
+
+
+def _bytes(module: nn.Module, experts: FusedExperts) -> list[float]:
+    if isinstance(module, PackedExperts):
+        return module.expert_bytes()
+    size = sum(p.out_features * p.in_features for p in experts.projections)
+    itemsize = next(experts.module.parameters()).element_size()
+    return [float(size * itemsize)] * experts.num_experts
+
+
+def _routing(experts: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """A call's arguments in their order."""
+    signature = inspect.signature(type(experts.module).forward)
+    return signature.bind(experts.module, *args, **kwargs).args[1:]
+
+
+def _rerouted(experts: FusedExperts, pruning: LayerPruning) -> Callable[..., Any]:
+    """Pre-hook of dense experts: skipped slots get the weight 0."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden_states, *routing = _routing(experts, args, kwargs)
+        x, index, weights = experts.route(hidden_states, *routing)
+        return (hidden_states, *pruning(x, index, weights)), {}
+
+    return hook

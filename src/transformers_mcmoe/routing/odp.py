@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dynamic expert pruning in one MoE layer: which routed slots a call's tokens skip, and what the others then weigh.
+
+Knows routing tensors and what ranks tokens, not modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from transformers_mcmoe.config import ODPConfig
+from transformers_mcmoe.routing.importance import Call, TokenImportance
+from transformers_mcmoe.routing.ratios import sort_slots
+
+
+class LayerPruning:
+    """Expert pruning of one layer.
+
+    Args:
+        odp: the options.
+        name: distinguishes layers.
+        levels: the layer's entry of `ODPConfig.thresholds`.
+        renormalize: scale kept weights to the sum that all had.
+        call: what is known of the model's current call.
+        importance: ranks tokens where some are protected or skip everything.
+        expert_bytes: [E], size of each expert.
+        skip: expert id that stands for none; None keeps ids, and skipped slots get the weight 0.
+    """
+
+    def __init__(
+        self,
+        odp: ODPConfig,
+        name: str,
+        levels: Sequence[float],
+        renormalize: bool,
+        call: Call,
+        importance: TokenImportance | None,
+        expert_bytes: Sequence[float],
+        skip: int | None,
+    ) -> None:
+        self.odp, self.name, self.levels, self.renormalize = odp, name, list(levels), renormalize
+        self.counts = Counts(expert_bytes)
+        self._call, self._importance, self._skip = call, importance, skip
+        self._random = torch.Generator().manual_seed(odp.seed)
+
+    @torch.no_grad()
+    def skipped(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Which slots are skipped, [T, K] bool.
+
+        Args:
+            x: [T, H] tokens.
+            index: [T, K] expert ids; ids that are no expert's are not touched.
+            weights: [T, K] routing weights, in any order.
+        """
+        order = weights.to(torch.float32).argsort(dim=-1, descending=True, stable=True)
+        chosen = self._sorted(x, index, weights)
+        if self.odp.protect:
+            chosen &= ~self._tokens(self.odp.protect)[:, None]
+        if self.odp.drop_all:
+            chosen |= self._tokens(self.odp.drop_all, least=True)[:, None]
+        return torch.zeros_like(chosen).scatter(-1, order, chosen) & (index < self.counts.num_experts)
+
+    def _sorted(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Which of the slots, the largest weight first, the method would skip."""
+        _, _, ratios = sort_slots(index, weights)
+        rest = torch.arange(index.shape[1], device=x.device) > 0
+        if self.odp.method == "odp":
+            levels = torch.tensor([0.0, *self.levels], device=x.device)
+            return (ratios < levels) & rest
+        share = self.levels[0]
+        if self.odp.method == "random":
+            draw = torch.rand(index.shape, generator=self._random).to(x.device)
+            return (draw < share) & rest
+        if not share:
+            return torch.zeros_like(index, dtype=torch.bool)
+        statistic = -token_statistic(self.odp.method, x).view(self._shape(x))
+        return self._call.select(self.name, statistic, statistic, share, self.odp.causal)[:, None] & rest
+
+    def _tokens(self, share: float, least: bool = False) -> Tensor:
+        assert self._importance is not None
+        return self._importance.select(share, least)
+
+    def _shape(self, x: Tensor) -> tuple[int, int]:
+        return self._call.shape if self._call.shape is not None else (1, x.shape[0])
+
+    def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Expert ids and routing weights [T, K] after pruning; gradients reach the weights that are kept."""
+        skipped = self.skipped(x, index, weights)
+        self.counts.add(index, skipped, self._call)
+        kept = weights.masked_fill(skipped, 0)
+        if self.renormalize:
+            total, left = weights.sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
+            changed = skipped.any(-1, keepdim=True) & (left > 0)
+            # tokens that skip nothing keep their weights to the bit
+            kept = torch.where(changed, kept * (total / torch.where(changed, left, 1)), kept)
+        return (index if self._skip is None else index.masked_fill(skipped, self._skip)), kept
+
+
+class Counts:
+    """Routed slots and expert bytes, and how many of them were skipped; prompts and single tokens apart.
+
+    Args:
+        expert_bytes: [E].
+
+    Attributes:
+        num_experts: E.
+    """
+
+    def __init__(self, expert_bytes: Sequence[float]) -> None:
+        self.num_experts = len(expert_bytes)
+        self._bytes = torch.tensor(expert_bytes, dtype=torch.float64)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        # prefill and decode: tokens, slots, slots skipped, bytes, bytes skipped
+        self._sums = torch.zeros(2, 5, dtype=torch.float64, device=self._bytes.device)
+
+    def add(self, index: Tensor, skipped: Tensor, call: Call) -> None:
+        """Count a call's slots [T, K]; padding does not count."""
+        if self._bytes.device != index.device:
+            self._bytes, self._sums = self._bytes.to(index.device), self._sums.to(index.device)
+        real = index < self.num_experts
+        tokens = torch.ones_like(index[:, 0], dtype=torch.bool)
+        if call.valid is not None and call.valid.numel() == len(index):
+            tokens = call.valid.reshape(-1)
+            real = real & tokens[:, None]
+        sizes = self._bytes[index.clamp(max=self.num_experts - 1)] * real
+        gone = real & skipped
+        parts = (tokens.sum(), real.sum(), gone.sum(), sizes.sum(), (sizes * gone).sum())
+        decode = call.shape is not None and call.shape[1] == 1
+        self._sums[int(decode)] += torch.stack([part.to(torch.float64) for part in parts])
+
+    def read(self, phase: int) -> dict[str, float]:
+        """Sums of a phase: 0 for prefill, 1 for decode."""
+        names = ("tokens", "slots", "slots_skipped", "bytes", "bytes_skipped")
+        return dict(zip(names, self._sums[phase].tolist(), strict=True))
+
+
+def token_statistic(method: str, x: Tensor) -> Tensor:
+    """Mean, variance or kurtosis [T] of hidden vectors [T, H] (the comparators of arXiv 2410.06270, appendix A.7)."""
+    x = x.to(torch.float32)
+    mean = x.mean(-1)
+    if method == "mean":
+        return mean
+    squared = (x - mean[:, None]).square()
+    variance = squared.mean(-1)
+    return variance if method == "variance" else squared.square().mean(-1) / variance.square().clamp(min=1e-30)

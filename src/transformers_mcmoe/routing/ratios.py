@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much smaller than a token's largest routing weight its others are: counted in calibration, kept as quantiles.
+
+Thresholds of expert pruning are read from these; a checkpoint keeps them, so that they can be read again with other
+options. Knows routing tensors, not layers or modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transformers_mcmoe.config import ODPConfig
+
+# bins of w_j / w_1 over [0, 1]
+BINS = 4096
+# quantiles that are kept, evenly spaced from 0 to 1
+KEPT = 33
+# sums of a token's routing weights that differ by less are the same: routers compute in bf16
+SAME_SUM = 0.02
+
+
+class RoutingRatios:
+    """Counts of w_j / w_1 over tokens, with slots sorted by their weight. Additive.
+
+    Args:
+        num_experts: E; slots with other ids are not counted.
+
+    Attributes:
+        slots: K, 0 before the first token.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        self.slots = 0
+        self._ranks = torch.zeros(0, BINS, dtype=torch.int64)  # [K - 1, BINS]
+        self._experts = torch.zeros(num_experts, BINS, dtype=torch.int64)  # slots 2..K, by expert
+        self._first = torch.zeros(num_experts, dtype=torch.int64)  # slots 1, by expert
+        self._least, self._most = float("inf"), 0.0  # sum of a token's weights
+
+    def add(self, index: Tensor, weights: Tensor) -> None:
+        """Count tokens, given their expert ids [T, K] and routing weights [T, K]."""
+        if not len(weights):
+            return
+        num_experts = len(self._first)
+        sums = weights.detach().to(torch.float32).sum(-1)
+        self._least, self._most = min(self._least, float(sums.min())), max(self._most, float(sums.max()))
+        sorted_weights, index, ratios = (t.cpu() for t in sort_slots(index, weights))
+        self.slots = sorted_weights.shape[1]
+        if not len(self._ranks):
+            self._ranks = torch.zeros(self.slots - 1, BINS, dtype=torch.int64)
+        known = index < num_experts
+        self._first += torch.bincount(index[:, 0][known[:, 0]], minlength=num_experts)
+        bins = (ratios * BINS).long().clamp(0, BINS - 1)
+        for rank in range(1, self.slots):
+            self._ranks[rank - 1] += torch.bincount(bins[:, rank][known[:, rank]], minlength=BINS)
+        others = known[:, 1:]
+        flat = index[:, 1:][others] * BINS + bins[:, 1:][others]
+        self._experts += torch.bincount(flat, minlength=num_experts * BINS).view(num_experts, BINS)
+
+    def __add__(self, other: RoutingRatios) -> RoutingRatios:
+        total = RoutingRatios(len(self._first))
+        total.slots = max(self.slots, other.slots)
+        parts = [part._ranks for part in (self, other) if len(part._ranks)]
+        total._ranks = torch.stack(parts).sum(0) if parts else self._ranks
+        total._experts, total._first = self._experts + other._experts, self._first + other._first
+        total._least, total._most = min(self._least, other._least), max(self._most, other._most)
+        return total
+
+    def table(self, expert_bytes: Sequence[float]) -> RatioTable:
+        """Quantiles, with slots weighted by the bytes [E] of the expert they lead to where bytes are asked for."""
+        sizes = torch.tensor(expert_bytes, dtype=torch.float64)
+        others = (self._experts.to(torch.float64) * sizes[:, None]).sum(0)
+        first, rest = float((self._first * sizes).sum()), float(others.sum())
+        return RatioTable(
+            ranks=tuple(_quantiles(counts.to(torch.float64)) for counts in self._ranks),
+            by_bytes=_quantiles(others),
+            droppable=rest / (first + rest) if rest else 0.0,
+            normalized=self._most - self._least <= SAME_SUM * self._most,
+        )
+
+
+@dataclass(frozen=True)
+class RatioTable:
+    """What calibration knows of one layer's routing ratios.
+
+    Attributes:
+        ranks: per slot 2..K, the KEPT quantiles of w_j / w_1.
+        by_bytes: KEPT quantiles over all these slots, weighted by the bytes of their experts.
+        droppable: share of the routed expert bytes that lies in slots 2..K.
+        normalized: whether the routing weights of every token had the same sum.
+    """
+
+    ranks: tuple[tuple[float, ...], ...]
+    by_bytes: tuple[float, ...]
+    droppable: float
+    normalized: bool
+
+    @property
+    def slots(self) -> int:
+        """K."""
+        return len(self.ranks) + 1
+
+    def levels(self, odp: ODPConfig) -> list[float]:
+        """What a layer's pruning goes by, see `ODPConfig.thresholds`.
+
+        Protected tokens skip nothing: the others skip more, so that the rate is met.
+
+        Raises:
+            ValueError: the rate is more than slots 2..K can give.
+        """
+        if odp.threshold is not None:
+            return [float(odp.threshold)] * len(self.ranks)
+        if odp.rate is None:
+            return [_read(rank, 0.5 if odp.quantile is None else odp.quantile) for rank in self.ranks]
+        open_to_it = (1 - odp.protect) * self.droppable  # type: ignore[operator]
+        if odp.rate > open_to_it:
+            raise ValueError(
+                f"rate={odp.rate} cannot be met: with protect={odp.protect} only {open_to_it:.3f} of the routed expert "
+                "bytes lie in slots that may be skipped; lower it."
+            )
+        share = odp.rate / open_to_it if open_to_it else 0.0
+        return [_read(self.by_bytes, share)] * len(self.ranks) if odp.method == "odp" else [share] * len(self.ranks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "ratios": [[round(value, 5) for value in rank] for rank in self.ranks],
+            "by_bytes": [round(value, 5) for value in self.by_bytes],
+            "droppable": round(self.droppable, 5),
+            "normalized": self.normalized,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RatioTable:
+        """Inverse of `to_dict`."""
+        ranks = tuple(tuple(rank) for rank in data["ratios"])
+        return cls(ranks, tuple(data["by_bytes"]), data["droppable"], data["normalized"])
+
+
+def sort_slots(index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Routing weights and expert ids [T, K] with the largest weight first, and the weights over the largest.
+
+    Routers may return slots in any order. Weights and ratios are float32; equal weights keep their order.
+    """
+    weights, order = weights.detach().to(torch.float32).sort(dim=-1, descending=True, stable=True)
+    return weights, index.gather(-1, order), weights / weights[:, :1].clamp(min=1e-30)
+
+
+def _quantiles(counts: Tensor) -> tuple[float, ...]:
+    """KEPT quantiles of values in [0, 1], given how many lie in each of BINS bins [BINS] float64."""
+    total = float(counts.sum())
+    if not total:
+        return (0.0,) * KEPT
+    below = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    wanted = torch.linspace(0, 1, KEPT, dtype=torch.float64) * total
+    upper = torch.searchsorted(below, wanted).clamp(1, BINS)
+    lower = upper - 1
+    inside = (wanted - below[lower]) / (below[upper] - below[lower]).clamp(min=1e-30)
+    # the least value lies at the lower end of the first bin that holds any
+    values = (lower + inside) / BINS
+    values[0] = float(counts.nonzero()[0]) / BINS
+    return tuple(values.tolist())
+
+
+def _read(quantiles: Sequence[float], share: float) -> float:
+    place = share * (len(quantiles) - 1)
+    low = min(int(place), len(quantiles) - 2)
+    return quantiles[low] + (place - low) * (quantiles[low + 1] - quantiles[low])

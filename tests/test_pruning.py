@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expert pruning as users switch it: at compression, on packed and on dense models, and what it reports."""
+
+import copy
+import json
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import TINY, compressed, quick_config, relative_rms, save_dense, tokens
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from transformers_mcmoe import (
+    MCMoEConfig,
+    ODPConfig,
+    PackedExperts,
+    compression_report,
+    expert_pruning_stats,
+    set_expert_pruning,
+)
+from transformers_mcmoe.routing import attached
+
+IDS = tokens(2, 24, seed=1)
+# families whose tokens have one expert, or whose routing is not handed to the experts
+REFUSED = {"llama4_text": "not handed"}
+
+
+def _load(folder, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save_dense("mixtral", tmp_path_factory.mktemp("mixtral") / "dense")
+
+
+@pytest.fixture(scope="module")
+def packed(dense, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed") / "packed"
+    compressed(dense, quick_config(odp=True)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unpruned(dense, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unpruned") / "packed"
+    compressed(dense).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", sorted(set(TINY) - set(REFUSED)))
+def test_every_family_packed_and_dense(family, tmp_path):
+    """Pruned experts of a packed model equal those of its dequantized twin, where skipped slots have the weight 0."""
+    model = compressed(save_dense(family, tmp_path))
+    slots = next(iter(compression_report(model)["routing_ratios"].values()), {"ratios": [0]})["ratios"]
+    if not slots:
+        with pytest.raises(ValueError, match="one expert"):
+            set_expert_pruning(model)
+        return
+    full = model(IDS).logits
+    set_expert_pruning(model, ODPConfig(threshold=0))
+    assert torch.equal(model(IDS).logits, full)
+    set_expert_pruning(model)
+    logits = model(IDS).logits
+    skipped = expert_pruning_stats(model)["prefill"]["slots_skipped"]
+    if slots[0][-1] - slots[0][0] > 1e-3:  # a family whose tiny router gives equal weights skips nothing
+        assert 0 < skipped < 1
+        assert not torch.equal(logits, full)
+    generated = model.generate(IDS, max_new_tokens=4, do_sample=False)
+    twin = model.dequantize()
+    assert attached(twin) is not None
+    assert relative_rms(twin(IDS).logits, logits) <= 1e-5
+    assert torch.equal(twin.generate(IDS, max_new_tokens=4, do_sample=False), generated)
+
+
+class TestPackedCheckpoints:
+    def test_reload_computes_the_same(self, dense, tmp_path):
+        model = compressed(dense, quick_config(odp=ODPConfig(quantile=0.7, protect=0.1)))
+        model.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["odp"]
+        assert set(saved["thresholds"]) == set(compression_report(model)["routing_ratios"])
+        again = _load(tmp_path)
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+        assert again.config.quantization_config.odp == model.config.quantization_config.odp
+
+    @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+    def test_other_options_on_load(self, packed, unpruned):
+        plain = _load(unpruned)(IDS).logits
+        model = _load(packed, quantization_config=MCMoEConfig(odp=False))
+        assert attached(model) is None
+        assert torch.equal(model(IDS).logits, plain)
+        model = _load(packed, quantization_config=MCMoEConfig(odp=ODPConfig(quantile=0.2)))
+        assert attached(model).odp.quantile == 0.2
+        assert attached(model).odp.calibrated
+        assert attached(_load(packed, quantization_config=MCMoEConfig())).odp == attached(_load(packed)).odp
+        assert attached(_load(unpruned, quantization_config=MCMoEConfig(odp=True))).odp == attached(_load(packed)).odp
+
+    def test_switched_without_compressing_again(self, packed, unpruned, tmp_path):
+        model, plain = _load(unpruned), _load(packed)
+        full = model(IDS).logits
+        set_expert_pruning(model)
+        pruned = model(IDS).logits
+        assert torch.equal(pruned, plain(IDS).logits)
+        set_expert_pruning(model, ODPConfig(rate=0.1))
+        assert not torch.equal(model(IDS).logits, pruned)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(_load(tmp_path)(IDS).logits, model(IDS).logits)
+        assert set_expert_pruning(model, False) is None
+        assert torch.equal(model(IDS).logits, full)
+        model.save_pretrained(tmp_path / "off")
+        assert attached(_load(tmp_path / "off")) is None
+
+    def test_thresholds_from_other_text(self, packed):
+        model = _load(packed)
+        before = attached(model).odp.thresholds
+        set_expert_pruning(model, ODPConfig(), dataset=tokens(4, 32, seed=9))
+        assert attached(model).odp.thresholds != before
+
+    def test_layers(self, packed):
+        model = _load(packed)
+        set_expert_pruning(model, ODPConfig(layers=[1]))
+        model(IDS)
+        assert list(expert_pruning_stats(model)["prefill"]["layers"]) == ["model.layers.1.mlp.experts"]
+        with pytest.raises(ValueError, match="layer 5 has no experts"):
+            set_expert_pruning(model, ODPConfig(layers=[5]))
+        assert attached(model).odp.layers == (1,)
+
+    def test_layers_within_a_kl_budget(self, packed):
+        model, text = _load(packed), tokens(2, 32, seed=4)
+        set_expert_pruning(model, dataset=text)
+        with torch.no_grad():
+            pruned = model(text).logits.log_softmax(-1)
+            set_expert_pruning(model, False)
+            base = model(text).logits.log_softmax(-1)
+        both = float((base.exp() * (base - pruned)).sum(-1).mean())
+        assert set_expert_pruning(model, ODPConfig(layers="auto", max_kl=both * 1.01), dataset=text).layers == (0, 1)
+        odp = set_expert_pruning(model, ODPConfig(layers="auto", max_kl=both * 0.99), dataset=text)
+        assert len(odp.layers) == 1
+        with torch.no_grad():
+            pruned = model(text).logits.log_softmax(-1)
+        assert (base.exp() * (base - pruned)).sum(-1).mean() <= both * 0.99
+        with pytest.raises(ValueError, match="allows no layer"):
+            set_expert_pruning(model, ODPConfig(layers="auto", max_kl=1e-9), dataset=text)
+        with pytest.raises(ValueError, match="give dataset="):
+            set_expert_pruning(model, ODPConfig(layers="auto", max_kl=1))
+
+    def test_at_compression_layers_within_a_kl_budget(self, dense):
+        model = compressed(dense, quick_config(odp=ODPConfig(layers="auto", max_kl=10)))
+        assert attached(model).odp.layers == (0, 1)
+
+    def test_copies_and_pickles(self, packed):
+        model = _load(packed)
+        logits = model(IDS).logits
+        assert torch.equal(copy.deepcopy(model)(IDS).logits, logits)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(IDS).logits, logits)
+
+    def test_bytes_in_the_report(self, packed):
+        ratios = compression_report(_load(packed))["routing_ratios"]
+        assert all(0 < table["droppable"] < 0.6 and table["normalized"] for table in ratios.values())
+
+
+class TestDenseModels:
+    def test_alone(self, dense):
+        model = _load(dense)
+        with pytest.raises(ValueError, match="give dataset="):
+            set_expert_pruning(model)
+        full = model(IDS).logits
+        set_expert_pruning(model, ODPConfig(threshold=0.9))
+        assert not torch.equal(model(IDS).logits, full)
+        text = tokens(8, 32, seed=6)
+        odp = set_expert_pruning(model, ODPConfig(rate=0.3, protect=0), dataset=text)
+        with torch.no_grad():
+            model(text)
+        assert abs(expert_pruning_stats(model)["prefill"]["bytes_skipped"] - 0.3) < 0.03
+        set_expert_pruning(model, False)
+        assert torch.equal(model(IDS).logits, full)
+        assert odp.calibrated
+        assert set_expert_pruning(model, odp) == odp
+
+    def test_gradients_reach_the_router(self, dense):
+        model = _load(dense)
+        set_expert_pruning(model, ODPConfig(threshold=0.9))
+        model(IDS, labels=IDS).loss.backward()
+        assert model.model.layers[0].mlp.gate.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+class TestGeneration:
+    OPTIONS = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}  # noqa: RUF012
+
+    @pytest.mark.parametrize("odp", [ODPConfig(protect=0), ODPConfig(protect=0.05, causal=True)])
+    def test_static_cache_and_chunks_agree(self, packed, odp):
+        model = _load(packed)
+        set_expert_pruning(model, odp)
+        expected = model.generate(IDS, **self.OPTIONS)
+        assert torch.equal(
+            model.generate(IDS, cache_implementation="static", disable_compile=True, **self.OPTIONS), expected
+        )
+        assert torch.equal(model.generate(IDS, prefill_chunk_size=7, **self.OPTIONS), expected)
+
+    def test_continuous_batching_agrees(self, packed):
+        model = _load(packed)
+        set_expert_pruning(model, ODPConfig(protect=0))
+        expected = model.generate(IDS, **self.OPTIONS)[:, IDS.shape[1] :]
+        options = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        answers = model.generate_batch([row.tolist() for row in IDS], generation_config=options, progress_bar=False)
+        assert sorted(answer.generated_tokens for answer in answers.values()) == sorted(expected.tolist())
+
+    def test_stats_tell_prompt_and_decoding_apart(self, packed):
+        model = _load(packed)
+        model.generate(IDS, **self.OPTIONS)
+        stats = expert_pruning_stats(model, reset=True)
+        assert stats["prefill"]["tokens"] == IDS.numel()
+        assert stats["decode"]["tokens"] == 2 * 5
+        layers = stats["prefill"]["layers"].values()
+        assert all(layer["slots"] == 2 * IDS.numel() for layer in layers)
+        assert stats["prefill"]["bytes"] == sum(layer["bytes"] for layer in layers)
+        share = stats["prefill"]["bytes_skipped"]
+        assert 0.1 < share < 0.4
+        per_token = stats["prefill"]["bytes"] * (1 - share) / IDS.numel()
+        assert stats["prefill"]["bytes_per_token"] == pytest.approx(per_token)
+        assert expert_pruning_stats(model)["prefill"]["slots"] == 0
+
+    def test_padding_is_not_counted(self, packed):
+        model = _load(packed)
+        mask = torch.ones_like(IDS)
+        mask[1, :10] = 0
+        model(IDS, attention_mask=mask)
+        assert expert_pruning_stats(model)["prefill"]["tokens"] == IDS.numel() - 10
+
+    def test_compiled_as_one_graph(self, packed):
+        model = _load(packed)
+        set_expert_pruning(model, ODPConfig(protect=0))
+        logits = model(IDS).logits
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert relative_rms(compiled(IDS).logits, logits) <= 1e-6
+
+    def test_skipped_experts_are_not_run(self, packed, monkeypatch):
+        """Ids that no token keeps never reach an expert, in the operator and in the loop over experts."""
+        model, ran = _load(packed), []
+        set_expert_pruning(model, ODPConfig(threshold=1, protect=0))  # one expert a token
+        experts = next(module for module in model.modules() if isinstance(module, PackedExperts))
+        pruning, seen = experts.pruning, []
+
+        def watch(x, index, weights):
+            seen.append(pruning(x, index, weights)[0])
+            return pruning(x, index, weights)
+
+        experts.pruning = watch
+        monkeypatch.setattr(experts, "_activation", None)  # the loop
+        monkeypatch.setattr(experts, "_run", lambda e, x: ran.append((e, len(x))) or torch.zeros_like(x))
+        model(IDS)
+        kept = seen[0][seen[0] < experts.num_experts]
+        assert len(kept) == IDS.numel()
+        assert sum(n for e, n in ran if e < experts.num_experts) == IDS.numel()
+
+
+class TestRefusals:
+    def test_one_expert_per_token(self, tmp_path):
+        folder = save_dense("mixtral", tmp_path, num_experts_per_tok=1)
+        with pytest.raises(ValueError, match="one expert"):
+            compressed(folder, quick_config(odp=True))
+        with pytest.raises(ValueError, match="one expert"):
+            set_expert_pruning(_load(folder), ODPConfig(threshold=0.5))
+
+    def test_routing_outside_of_the_experts(self, tmp_path):
+        with pytest.raises(ValueError, match="not handed"):
+            compressed(save_dense("llama4_text", tmp_path), quick_config(odp=True))
+
+    def test_no_thresholds_without_calibration(self, dense, packed):
+        plan = compression_report(_load(packed))["config"]["plan"]
+        config = quick_config(plan=plan, rounding="nearest", odp=True)
+        with pytest.raises(ValueError, match="needs none"):
+            compressed(dense, config)
+
+    def test_attention_that_shows_no_weights(self, packed):
+        model = _load(packed)
+        before = model(IDS).logits
+        set_expert_pruning(model, False)
+        model.config._attn_implementation = "flex_attention"
+        with pytest.raises(ValueError, match="flex_attention"):
+            set_expert_pruning(model)
+        model.config._attn_implementation = "sdpa"
+        set_expert_pruning(model)
+        assert torch.equal(model(IDS).logits, before)
+
+    def test_no_pruning_no_statistics(self, unpruned):
+        with pytest.raises(ValueError, match="no expert pruning"):
+            expert_pruning_stats(_load(unpruned))
+
+    def test_thresholds_of_another_model(self, packed):
+        model = _load(packed)
+        other = replace(attached(model).odp, thresholds={"a": [0.5]}, normalized={"a": True})
+        with pytest.raises(ValueError, match="do not fit"):
+            set_expert_pruning(model, other)
+        assert attached(model) is not None
