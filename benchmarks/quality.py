@@ -65,6 +65,8 @@ def measure(options: argparse.Namespace, name: str, bits: float, dense: Any, tes
         "seconds_by_stage": {stage: round(s, 1) for stage, s in report["seconds"].items()},
         "expert_bits": report["expert_bits"],
     }
+    if options.save is not None:
+        model.save_pretrained(options.save / f"{name} {bits}")
     scores = evaluate(model.dequantize(), test, dense, context=options.context, limit=options.windows, batch=1)
     return row | scores.to_dict()
 
@@ -101,6 +103,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=0, help="quantize only the first layers; 0: all")
     parser.add_argument("--peer", type=Path, help="also measure this output of gptqmodel_peer.py")
+    parser.add_argument("--save", type=Path, help="keep the packed models in folders in here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--docs", action="store_true", help="write docs/quality.md from the committed rows, and stop")
     options = parser.parse_args()

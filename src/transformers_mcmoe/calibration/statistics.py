@@ -252,9 +252,10 @@ def output_errors(
         expert: which one.
         sample: its inputs.
         candidates: replacements, each [out, in] float32 per projection; read one at a time.
-        relative: divide a token's change by the norm of what it enters, the hidden state and the expert's own output
-            taken as orthogonal. The next norm layer divides by it, too, so that a few tokens of huge norm (attention
-            sinks) do not decide alone, and errors of different layers compare.
+        relative: divide a token's squared change by its norm and by the median norm; the norm is that of what the
+            change enters, the hidden state and the expert's own output taken as orthogonal. The next norm layer divides
+            by it, so that errors of different layers compare; but tokens of huge norm are attention sinks, which all
+            others attend to: divided by their norm alone they count by it, neither nothing nor everything.
 
     Returns:
         One norm per candidate.
@@ -264,8 +265,8 @@ def output_errors(
     dense = experts.run(expert, x)
     if relative:
         own = dense.square().sum(-1).to(torch.float64) * weight.square()
-        entered = own + sample.norm.to(device, torch.float64).square()
-        factor = weight.square() / entered.clamp(min=1e-30)
+        entered = (own + sample.norm.to(device, torch.float64).square()).sqrt().clamp(min=1e-15)
+        factor = weight.square() / (entered * entered.median())
     else:
         factor = weight.square()
     errors = []
