@@ -8,7 +8,14 @@ import torch
 from safetensors import safe_open
 from tiny import TINY, compressed, load_class, relative_rms, save_dense, tokens
 
-from transformers_mcmoe import PackedExperts, PackedLinear, compression_report
+from transformers_mcmoe import (
+    ODPConfig,
+    PackedExperts,
+    PackedLinear,
+    compression_report,
+    expert_pruning_stats,
+    set_expert_pruning,
+)
 
 
 @torch.no_grad()
@@ -38,7 +45,12 @@ def test_family(family, tmp_path):
     assert report["average_bits"] <= 3.0
     assert not [note for note in report["fallbacks"] if "loaded" in note]
 
+    odp, pruned = _prune(reloaded, ids, logits)
     dequantized = reloaded.dequantize()
+    if odp is not None:  # skipped slots cost nothing in one and have the weight 0 in the other
+        set_expert_pruning(dequantized, odp)
+        assert relative_rms(dequantized(ids).logits, pruned) <= 1e-5
+        set_expert_pruning(dequantized, False)
     assert not any(isinstance(module, PackedExperts | PackedLinear) for module in dequantized.modules())
     assert relative_rms(logits, dequantized(ids).logits) <= 1e-5
     # what dequantize gives is an ordinary checkpoint of the family
@@ -46,6 +58,26 @@ def test_family(family, tmp_path):
     again = load_class(tmp_path / "again").from_pretrained(tmp_path / "again", dtype=torch.float32)
     assert torch.equal(again(ids).logits, dequantized(ids).logits)
     assert _names(tmp_path / "again") == _names(dense)
+
+
+def _prune(model, ids, logits):
+    """Options and logits of a pruned model, which is then as it was before; None where a family has no choice to prune."""
+    ratios = compression_report(model)["routing_ratios"]
+    slots = [rank for table in ratios.values() for rank in table["ratios"]]
+    if not slots:
+        with pytest.raises(ValueError, match=r"not handed|one expert"):
+            set_expert_pruning(model)
+        return None, None
+    set_expert_pruning(model, ODPConfig(threshold=0))
+    assert torch.equal(model(ids).logits, logits)
+    odp = set_expert_pruning(model)
+    pruned = model(ids).logits
+    skipped = expert_pruning_stats(model)["prefill"]["slots_skipped"]
+    if max(rank[-1] - rank[0] for rank in slots) > 1e-3:  # a tiny router may give equal weights: nothing is below
+        assert 0 < skipped < 1
+        assert not torch.equal(pruned, logits)
+    set_expert_pruning(model, False)
+    return odp, pruned
 
 
 def _names(folder):

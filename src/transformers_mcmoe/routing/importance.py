@@ -60,37 +60,41 @@ def attention_received(
     """
     batch, heads, queries, width = query.shape
     keys = key.shape[2]
-    query = query.view(batch, key.shape[1], -1, queries, width)
+    query = (query * scaling).view(batch, key.shape[1], -1, queries, width)
     received = torch.zeros(batch, keys, dtype=torch.float32, device=query.device)
     given = torch.zeros(batch, queries, dtype=torch.float32, device=query.device)
+    # how much a query counts in the mean over heads
+    counted = torch.ones(batch, queries, device=query.device) if valid is None else valid.to(torch.float32)
     step = max(1, BLOCK // (batch * heads * keys))
     columns = torch.arange(keys, device=query.device)
     own = columns[first : first + queries]
     for start in range(0, queries, step):
         rows = slice(start, start + step)
         last = first + min(start + step, queries) if mask is None and causal else keys
-        logits = (query[:, :, :, rows] @ key[:, :, None, :last].transpose(-1, -2)).to(torch.float32) * scaling
+        logits = (query[:, :, :, rows] @ key[:, :, None, :last].transpose(-1, -2)).to(torch.float32)
         logits = logits.view(batch, heads, -1, last)
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
         if bias is not None:
             logits = logits + bias[..., rows, :last].to(torch.float32)
         if mask is None:
-            if causal:
-                logits = logits.masked_fill(columns[:last] > own[rows, None], -torch.inf)
+            if causal:  # keys before the block are seen by all of its queries
+                late = slice(first + start, last)
+                logits[..., late].masked_fill_(columns[late] > own[rows, None], -torch.inf)
         elif mask.dtype == torch.bool:
-            logits = logits.masked_fill(~mask[:, :, rows, :last], -torch.inf)
+            logits.masked_fill_(~mask[:, :, rows, :last], -torch.inf)
         else:
-            logits = logits + mask[:, :, rows, :last].to(torch.float32)
+            logits += mask[:, :, rows, :last].to(torch.float32)
         if sinks is not None:
             sink = sinks.to(torch.float32).view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
             logits = torch.cat([logits, sink], dim=-1)
-        # a padded query may see nothing at all
-        weights = logits.softmax(-1)[..., :last].nan_to_num_(0.0).mean(1)
-        if valid is not None:
-            weights = weights * valid[:, rows, None]
-        received[:, :last] += weights.sum(1)
-        given[:, rows] = weights.gather(-1, own[rows].expand(batch, -1).unsqueeze(-1)).squeeze(-1)
+        weights = logits.softmax(-1)
+        if mask is not None:  # a padded query may see nothing at all
+            weights.nan_to_num_(0.0)
+        share = (counted[:, None, rows] / heads).expand(batch, heads, -1).reshape(batch, 1, -1)
+        received[:, :last] += (share @ weights.flatten(1, 2)).squeeze(1)[:, :last]
+        index = own[rows].view(1, 1, -1, 1).expand(batch, heads, -1, 1)
+        given[:, rows] = weights.gather(-1, index).mean(1).squeeze(-1) * counted[:, rows]
     return received[:, own], given
 
 

@@ -15,6 +15,9 @@ from transformers_mcmoe.config import ODPConfig
 from transformers_mcmoe.routing.importance import Call, TokenImportance
 from transformers_mcmoe.routing.ratios import sort_slots
 
+# tokens whose slots wait to be counted
+WAITING = 1 << 14
+
 
 class LayerPruning:
     """Expert pruning of one layer.
@@ -55,36 +58,46 @@ class LayerPruning:
             index: [T, K] expert ids; ids that are no expert's are not touched.
             weights: [T, K] routing weights, in any order.
         """
-        order = weights.to(torch.float32).argsort(dim=-1, descending=True, stable=True)
-        chosen = self._sorted(x, index, weights)
+        chosen = self._below(index, weights) if self.odp.method == "odp" else self._compared(x, index, weights)
         if self.odp.protect:
-            chosen &= ~self._tokens(self.odp.protect)[:, None]
+            chosen &= ~self._tokens(self.odp.protect, index)[:, None]
         if self.odp.drop_all:
-            chosen |= self._tokens(self.odp.drop_all, least=True)[:, None]
-        return torch.zeros_like(chosen).scatter(-1, order, chosen) & (index < self.counts.num_experts)
+            chosen |= self._tokens(self.odp.drop_all, index, least=True)[:, None]
+        return chosen & (index < self.counts.num_experts)
 
-    def _sorted(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Which of the slots, the largest weight first, the method would skip."""
-        _, _, ratios = sort_slots(index, weights)
-        rest = torch.arange(index.shape[1], device=x.device) > 0
-        if self.odp.method == "odp":
-            levels = torch.tensor([0.0, *self.levels], device=x.device)
-            return (ratios < levels) & rest
+    def _below(self, index: Tensor, weights: Tensor) -> Tensor:
+        """Slots below their threshold; the largest weight never is."""
+        weights = weights.to(torch.float32)
+        if min(self.levels) == max(self.levels):  # of any order: no sorting
+            return weights < self.levels[0] * weights.amax(-1, keepdim=True)
+        _, _, ratios, order = sort_slots(index, weights)
+        levels = torch.tensor([0.0, *self.levels], device=weights.device)
+        return torch.zeros_like(index, dtype=torch.bool).scatter(-1, order, ratios < levels)
+
+    def _compared(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Slots that a comparator skips: all but the largest weight may be."""
+        first = weights.argmax(-1, keepdim=True) == torch.arange(index.shape[1], device=index.device)
         share = self.levels[0]
         if self.odp.method == "random":
-            draw = torch.rand(index.shape, generator=self._random).to(x.device)
-            return (draw < share) & rest
+            return (torch.rand(index.shape, generator=self._random).to(x.device) < share) & ~first
         if not share:
-            return torch.zeros_like(index, dtype=torch.bool)
-        statistic = -token_statistic(self.odp.method, x).view(self._shape(x))
-        return self._call.select(self.name, statistic, statistic, share, self.odp.causal)[:, None] & rest
+            return torch.zeros_like(first)
+        shape = self._call.shape if self._call.shape is not None else (1, x.shape[0])
+        self._check(shape, index)
+        statistic = -token_statistic(self.odp.method, x).view(shape)
+        return self._call.select(self.name, statistic, statistic, share, self.odp.causal)[:, None] & ~first
 
-    def _tokens(self, share: float, least: bool = False) -> Tensor:
+    def _tokens(self, share: float, index: Tensor, least: bool = False) -> Tensor:
         assert self._importance is not None
+        self._check(self._call.shape, index)
         return self._importance.select(share, least)
 
-    def _shape(self, x: Tensor) -> tuple[int, int]:
-        return self._call.shape if self._call.shape is not None else (1, x.shape[0])
+    def _check(self, shape: tuple[int, int] | None, index: Tensor) -> None:
+        if shape is None or shape[0] * shape[1] != len(index):
+            raise ValueError(
+                f"The experts of '{self.name}' were called with {len(index)} tokens, the model with {shape}; tokens cannot "
+                "be ranked in this model, set protect=0 and drop_all=0."
+            )
 
     def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids and routing weights [T, K] after pruning; gradients reach the weights that are kept."""
@@ -93,9 +106,8 @@ class LayerPruning:
         kept = weights.masked_fill(skipped, 0)
         if self.renormalize:
             total, left = weights.sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
-            changed = skipped.any(-1, keepdim=True) & (left > 0)
-            # tokens that skip nothing keep their weights to the bit
-            kept = torch.where(changed, kept * (total / torch.where(changed, left, 1)), kept)
+            # tokens that skip nothing keep their weights to the bit: total / left is 1
+            kept = kept * torch.where(left > 0, total / left.masked_fill(left == 0, 1), 1)
         return (index if self._skip is None else index.masked_fill(skipped, self._skip)), kept
 
 
@@ -117,25 +129,35 @@ class Counts:
     def reset(self) -> None:
         """Forget what was counted."""
         # prefill and decode: tokens, slots, slots skipped, bytes, bytes skipped
-        self._sums = torch.zeros(2, 5, dtype=torch.float64, device=self._bytes.device)
+        self._sums = torch.zeros(2, 5, dtype=torch.float64)
+        self._waiting: list[tuple[Tensor, Tensor, Tensor | None, int]] = []
+        self._rows = 0
 
     def add(self, index: Tensor, skipped: Tensor, call: Call) -> None:
         """Count a call's slots [T, K]; padding does not count."""
-        if self._bytes.device != index.device:
-            self._bytes, self._sums = self._bytes.to(index.device), self._sums.to(index.device)
-        real = index < self.num_experts
-        tokens = torch.ones_like(index[:, 0], dtype=torch.bool)
-        if call.valid is not None and call.valid.numel() == len(index):
-            tokens = call.valid.reshape(-1)
-            real = real & tokens[:, None]
-        sizes = self._bytes[index.clamp(max=self.num_experts - 1)] * real
-        gone = real & skipped
-        parts = (tokens.sum(), real.sum(), gone.sum(), sizes.sum(), (sizes * gone).sum())
+        known = call.valid is not None and call.valid.numel() == len(index)
         decode = call.shape is not None and call.shape[1] == 1
-        self._sums[int(decode)] += torch.stack([part.to(torch.float64) for part in parts])
+        # summing up takes longer than a small layer: it is done for many calls at a time
+        self._waiting.append((index, skipped, call.valid if known else None, int(decode)))
+        self._rows += len(index)
+        if self._rows > WAITING:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        for index, skipped, valid, phase in self._waiting:
+            real = index < self.num_experts
+            tokens = torch.ones_like(index[:, 0], dtype=torch.bool) if valid is None else valid.reshape(-1)
+            real = real & tokens[:, None]
+            self._bytes = self._bytes.to(index.device)
+            sizes = self._bytes[index.clamp(max=self.num_experts - 1)] * real
+            gone = real & skipped
+            parts = (tokens.sum(), real.sum(), gone.sum(), sizes.sum(), (sizes * gone).sum())
+            self._sums[phase] += torch.stack([part.to(torch.float64) for part in parts]).cpu()
+        self._waiting, self._rows = [], 0
 
     def read(self, phase: int) -> dict[str, float]:
         """Sums of a phase: 0 for prefill, 1 for decode."""
+        self._sum_up()
         names = ("tokens", "slots", "slots_skipped", "bytes", "bytes_skipped")
         return dict(zip(names, self._sums[phase].tolist(), strict=True))
 

@@ -48,8 +48,8 @@ class RoutingRatios:
         num_experts = len(self._first)
         sums = weights.detach().to(torch.float32).sum(-1)
         self._least, self._most = min(self._least, float(sums.min())), max(self._most, float(sums.max()))
-        sorted_weights, index, ratios = (t.cpu() for t in sort_slots(index, weights))
-        self.slots = sorted_weights.shape[1]
+        _, index, ratios, _ = (t.cpu() for t in sort_slots(index, weights))
+        self.slots = index.shape[1]
         if not len(self._ranks):
             self._ranks = torch.zeros(self.slots - 1, BINS, dtype=torch.int64)
         known = index < num_experts
@@ -141,13 +141,13 @@ class RatioTable:
         return cls(ranks, tuple(data["by_bytes"]), data["droppable"], data["normalized"])
 
 
-def sort_slots(index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Routing weights and expert ids [T, K] with the largest weight first, and the weights over the largest.
+def sort_slots(index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Routing weights and expert ids [T, K] with the largest weight first, the weights over the largest, and their slots.
 
     Routers may return slots in any order. Weights and ratios are float32; equal weights keep their order.
     """
     weights, order = weights.detach().to(torch.float32).sort(dim=-1, descending=True, stable=True)
-    return weights, index.gather(-1, order), weights / weights[:, :1].clamp(min=1e-30)
+    return weights, index.gather(-1, order), weights / weights[:, :1].clamp(min=1e-30), order
 
 
 def _quantiles(counts: Tensor) -> tuple[float, ...]:
