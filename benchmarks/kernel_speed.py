@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from ggml import TYPES, Ggml, find
 from torch.nn import functional
 
 from transformers_mcmoe.kernels import cpu
@@ -101,6 +103,25 @@ def int4pack(columns: int, rows: int) -> tuple[Callable[[], Callable], int]:
     return make, rows * columns // 2
 
 
+def hqq(columns: int, rows: int, bits: int) -> tuple[Callable[[], Callable], int]:
+    """hqq's linear layer: it rebuilds the matrix, then multiplies. Random codes; solving for them is not timed."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    config = BaseQuantizeConfig(nbits=bits, group_size=64, axis=1)
+
+    def make() -> Callable[[torch.Tensor], object]:
+        linear = torch.nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16)
+        layer = HQQLinear(linear, quant_config=config, compute_dtype=torch.bfloat16, device="cpu")
+        return lambda x: layer(x)
+
+    return make, rows * columns * bits // 8 + rows * columns // 64 * 4
+
+
+def llama_cpp(backend: Ggml, columns: int, rows: int, kind: str, layout: str) -> tuple[Callable[[], Callable], int]:
+    """llama.cpp's product of float32 activations and a quantized matrix."""
+    return lambda: backend.matrix(kind, columns, rows, layout), backend.bytes_of(kind, columns, rows)
+
+
 def main() -> None:
     """Measure the shapes asked for and append a row per candidate."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -109,12 +130,27 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cold", type=int, default=400, help="MB of copies that a candidate goes through")
     parser.add_argument("--seconds", type=float, default=2.0, help="per candidate")
+    parser.add_argument("--ggml", type=Path, default=find(), help="folder of libggml-cpu; default: llama-cpp-python's")
+    parser.add_argument("--bits", type=int, nargs="+", default=[1, 2, 3, 4], help="widths of ours")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for name in options.shapes:
         columns, rows = SHAPES[name]
         made = {"torch bf16": bf16(columns, rows), "torch int4pack": int4pack(columns, rows)}
-        for bits in (1, 2, 3, 4):
+        if importlib.util.find_spec("hqq") is None:
+            print("hqq is not installed: left out.")
+        else:
+            made |= {f"hqq {bits} bits": hqq(columns, rows, bits) for bits in (2, 3, 4) if bits in options.bits}
+        if options.ggml is None:
+            print("llama-cpp-python is not installed: left out.")
+        elif columns % 256:
+            print(f"{name}: llama.cpp has no such type for rows of {columns} columns, no multiple of 256.")
+        else:
+            backend = Ggml(options.ggml, options.threads)
+            for kind in TYPES:
+                for layout in backend.layouts(kind):
+                    made[f"llama.cpp {kind} {layout}".strip()] = llama_cpp(backend, columns, rows, kind, layout)
+        for bits in options.bits:
             for mode in cpu.MODES:
                 made[f"ours {bits} bits {mode}"] = packed(columns, rows, bits, mode)
             made[f"read {bits} bits"] = read(made[f"ours {bits} bits exact"][1])
@@ -128,6 +164,8 @@ def _measure(
 ) -> None:
     columns, rows = SHAPES[shape]
     x = torch.randn(tokens, columns, dtype=torch.bfloat16)
+    # llama.cpp's tiles for AMX crash when called from outside of it (0.25.3); its vectors for single tokens do not
+    candidates = {key: candidate for key, candidate in candidates.items() if tokens == 1 or not key.endswith("AMX")}
     for candidate in candidates.values():
         candidate.seconds.clear()
     started, rounds = time.monotonic(), 0

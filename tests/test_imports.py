@@ -24,6 +24,7 @@ ADDRESSES = {
     "triton": {"kernels"},
     "typer": {"cli"},
     "hqq": {"integrations"},
+    "matplotlib": {"integrations"},
 }
 
 

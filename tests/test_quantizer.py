@@ -120,6 +120,13 @@ def test_save_twice_is_byte_identical(packed, tmp_path):
     assert (tmp_path / "again" / "mcmoe_report.json").read_text() == (packed / "mcmoe_report.json").read_text()
 
 
+def test_dequantize_after_saving(packed, tmp_path):
+    model = _load(packed)
+    logits = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    assert relative_rms(model.dequantize()(IDS).logits, logits) <= 1e-5
+
+
 def test_sharded_save(packed, tmp_path):
     model = _load(packed)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from transformers_mcmoe.config import ALLOCATIONS, ROUNDINGS, MCMoEConfig
+from transformers_mcmoe.config import ALLOCATIONS, ROUNDINGS, MCMoEConfig, ODPConfig
 from transformers_mcmoe.kernels import backend_info
 from transformers_mcmoe.progress import Progress
 from transformers_mcmoe.report import REPORT_NAME, compression_report, load_report
@@ -52,6 +52,11 @@ def compress(
     expert_bits: Annotated[str, typer.Option(help="Widths that experts may take.")] = "1,2,3",
     preset: Annotated[str | None, typer.Option(help="'paper': PMQ as the text of arXiv 2410.06270 has it.")] = None,
     rounding: Annotated[str, typer.Option(help=" or ".join(ROUNDINGS) + ".")] = "gptq",
+    odp: Annotated[bool, typer.Option("--odp", help="Prune experts at run time (docs/pruning.md).")] = False,
+    odp_rate: Annotated[
+        float | None,
+        typer.Option(help="Share of routed expert bytes to skip; default: the median rule. Implies --odp."),
+    ] = None,
     num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 2048,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
@@ -80,6 +85,7 @@ def compress(
                 expert_bits=[int(bits) if bits.isdigit() else bits for bits in expert_bits.split(",")],  # type: ignore[misc]
                 preset=preset,
                 rounding=rounding,
+                odp=ODPConfig(rate=odp_rate) if odp or odp_rate is not None else None,
                 num_samples=num_samples,
                 seq_len=seq_len,
                 seed=seed,

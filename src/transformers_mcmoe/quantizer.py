@@ -161,7 +161,10 @@ class MCMoEHfQuantizer(HfQuantizer):
         return {name: t.to("cpu") if t.dtype == torch.uint8 else t for name, t in state.items()}, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        dtype = dtype or model.dtype
+        if not isinstance(
+            dtype, torch.dtype
+        ):  # saving turns the config's, which transformers hands over, into a string
+            dtype = model.dtype
         for path, module in list(model.named_modules()):
             if isinstance(module, PackedExperts | PackedLinear) and any(p.is_meta for p in module.parameters()):
                 raise ValueError(f"'{path}' is offloaded; load the model without disk offload to dequantize it.")

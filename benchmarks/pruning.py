@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What expert pruning costs in quality and saves in time, on a packed model that recorded its routing.
+
+Quality: perplexity, and KL divergence to the dense model and to the packed model without pruning, on text that
+calibration never saw, for every method at equal shares of skipped expert bytes, for a sweep of thresholds and protected
+shares, and for several lengths; protected tokens are chosen from whole windows, as the paper does, and causally, as in
+decoding. Time: prefill and decoding with and without pruning in turns, experts timed apart. Rows go to
+results/pruning.jsonl; `--docs` writes docs/pruning.md from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from transformers_mcmoe import (
+    ODPConfig,
+    PackedExperts,
+    backend_info,
+    compression_report,
+    expert_pruning_stats,
+    set_expert_pruning,
+)
+from transformers_mcmoe.evaluation import evaluate
+
+RESULTS = Path(__file__).parent / "results" / "pruning.jsonl"
+DOCS = Path(__file__).parent.parent / "docs" / "pruning.md"
+DROP = 0.02  # share of tokens that "drop_all" lets skip everything
+
+
+class Remembered(torch.nn.Module):
+    """A model whose logits are computed once per window."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config, self.known = model, model.config, {}
+
+    dtype = property(lambda self: self.model.dtype)
+    device = property(lambda self: self.model.device)
+
+    def get_input_embeddings(self) -> Any:
+        return self.model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> Any:
+        return self.model.get_output_embeddings()
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        key = input_ids.numpy().tobytes()
+        if key not in self.known:
+            self.known[key] = self.model(input_ids=input_ids, **kwargs).logits
+        return SimpleNamespace(logits=self.known[key])
+
+
+def methods(rate: float) -> dict[str, ODPConfig]:
+    """ODP, the threshold alone, and the comparators, at one share of skipped expert bytes."""
+    named = {"ODP": ODPConfig(rate=rate), "threshold alone (NAEE)": ODPConfig(rate=rate, protect=0)}
+    named |= {method: ODPConfig(method=method, rate=rate) for method in ("random", "mean", "variance", "kurtosis")}
+    # the least important tokens skip everything; the threshold skips the rest of the rate
+    named["ODP, least important 2 % skip all"] = ODPConfig(rate=(rate - DROP) / (1 - DROP), drop_all=DROP)
+    return named
+
+
+def sweep() -> dict[str, ODPConfig]:
+    """Thresholds by protected shares."""
+    return {
+        f"{level or 'median'}, {100 * protect:.0f} % protected": ODPConfig(threshold=level, protect=protect)
+        for level in (0.4, 0.5, 0.6, 0.7, None)
+        for protect in (0.0, 0.01, 0.02, 0.05, 0.1)
+    }
+
+
+def causal_too(odp: ODPConfig) -> list[ODPConfig]:
+    """The options, and where tokens are ranked also the causal way."""
+    ranked = odp.needs_attention or odp.method in ("mean", "variance", "kurtosis")
+    return [odp, ODPConfig(**(odp.to_dict() | {"causal": True}))] if ranked else [odp]
+
+
+def measure(model: Any, dense: Any, test: torch.Tensor, odp: ODPConfig | None, context: int, windows: int) -> dict:
+    """Scores and shares of one setting."""
+    set_expert_pruning(model, odp or False)
+    started = time.monotonic()
+    scores = evaluate(model, test, dense, context=context, limit=windows, batch=1)
+    row = scores.to_dict() | {"seconds": round(time.monotonic() - started, 1)}
+    if odp is not None:
+        stats = expert_pruning_stats(model)["prefill"]
+        stats |= {"layers": {path: layer["bytes_skipped"] for path, layer in stats["layers"].items()}}
+        row |= {"skipped": stats, "odp": odp.to_dict()}
+    return row
+
+
+def quality(options: argparse.Namespace, model: Any, dense: Any, test: torch.Tensor, bits: float) -> None:
+    """Append the rows of one packed model."""
+    settings: list[tuple[str, str, ODPConfig | None, int]] = [("", "no pruning", None, options.context)]
+    if "rates" in options.parts:
+        for rate in options.rates:
+            for name, odp in methods(rate).items():
+                settings += [(f"{100 * rate:.0f} %", name, each, options.context) for each in causal_too(odp)]
+    if "sweep" in options.parts:
+        for name, odp in sweep().items():
+            settings += [("sweep", name, each, options.context) for each in causal_too(odp)]
+    if "lengths" in options.parts:
+        for length in options.lengths:
+            odps = {
+                "no pruning": None,
+                "ODP": ODPConfig(rate=0.15),
+                "threshold alone (NAEE)": ODPConfig(rate=0.15, protect=0),
+            }
+            for name, odp in odps.items():
+                each = [None] if odp is None else causal_too(odp)
+                settings += [("lengths", name, one, length) for one in each]
+    for table, name, odp, context in settings:
+        windows = max(2, options.windows * options.context // context)
+        row = {"model": options.name, "bits": bits, "table": table, "row": name, "causal": bool(odp and odp.causal)}
+        row |= measure(model, dense, test, odp, context, windows)
+        _append(row | {"test": options.test.name, "seed": 0})
+        share = f"{100 * row['skipped']['bytes_skipped']:.2f} % skipped, " if odp else ""
+        print(f"{bits} {table} {name}{' (causal)' if row['causal'] else ''}, {context}: {share}"
+              f"perplexity {row['perplexity']:.3f}, KL {row['kl']:.4f}", flush=True)  # fmt: skip
+
+
+@contextmanager
+def timed(model: Any) -> Iterator[list[float]]:
+    """While open, sums up the seconds spent in experts: pruning itself, and the experts' products."""
+    total, started, handles = [0.0], [0.0], []
+
+    def enter(module: Any, args: Any) -> None:
+        started[0] = time.perf_counter()
+
+    def leave(module: Any, args: Any, output: Any) -> None:
+        total[0] += time.perf_counter() - started[0]
+
+    for module in model.modules():
+        if isinstance(module, PackedExperts):
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield total
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def speed(options: argparse.Namespace, model: Any, test: torch.Tensor, bits: float) -> None:
+    """Prefill and decoding with and without pruning, in turns."""
+    settings: dict[str, ODPConfig | None] = {"no pruning": None}
+    for rate in options.rates:
+        settings |= {f"ODP {100 * rate:.0f} %": ODPConfig(rate=rate)}
+        settings |= {f"threshold alone {100 * rate:.0f} %": ODPConfig(rate=rate, protect=0)}
+    seen: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    ids = test[: options.context][None]
+    for _ in range(options.rounds):
+        for name, odp in settings.items():
+            set_expert_pruning(model, odp or False)
+            for phase in ("prefill", "decode"):
+                with torch.no_grad(), timed(model) as inside:
+                    if phase == "prefill":
+                        started = time.perf_counter()
+                        cache = model(ids, use_cache=True).past_key_values
+                    else:
+                        started = time.perf_counter()
+                        for t in range(options.new_tokens):
+                            model(test[options.context + t].view(1, 1), past_key_values=cache)
+                    whole = time.perf_counter() - started
+                skipped = expert_pruning_stats(model)[phase]["bytes_skipped"] if odp else 0.0
+                seen.setdefault((phase, name), []).append((whole, inside[0], skipped))
+    for (phase, name), runs in seen.items():
+        whole, inside = (statistics.median(run[i] for run in runs) for i in (0, 1))
+        base_whole, base_inside = (statistics.median(run[i] for run in seen[phase, "no pruning"]) for i in (0, 1))
+        share = runs[-1][2]
+        tokens = options.context if phase == "prefill" else options.new_tokens
+        row = {
+            "model": options.name, "bits": bits, "table": f"speed, {phase}", "row": name, "context": options.context,
+            "tokens_per_s": tokens / whole, "experts_s": inside, "skipped_share": share, "rounds": options.rounds,
+            "times_unpruned": base_whole / whole, "expert_time_saved": 1 - inside / base_inside,
+            "threads": torch.get_num_threads(), "backend": backend_info()["instruction_set"],
+        }  # fmt: skip
+        _append(row)
+        print(f"{bits} {phase} {name}: {row['tokens_per_s']:.2f} tokens/s, x{row['times_unpruned']:.3f}; {100 * share:.1f} % "
+              f"skipped, {100 * row['expert_time_saved']:.1f} % of expert time saved", flush=True)  # fmt: skip
+
+
+def _append(row: dict[str, Any]) -> None:
+    row |= {"load": round(os.getloadavg()[0], 1), "cpus": os.cpu_count(), "date": datetime.date.today().isoformat()}
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def main() -> None:
+    """Measure the packed models given, or write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--packed", type=Path, nargs="+", default=[], help="folders of packed models")
+    parser.add_argument("--dense", type=Path, help="folder of the dense checkpoint")
+    parser.add_argument("--name", default="smolmoe", help="what rows call the model")
+    parser.add_argument("--test", type=Path, help="text to measure on")
+    parser.add_argument("--parts", nargs="+", default=["rates", "sweep", "lengths", "speed"])
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.15, 0.25])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 4096])
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--windows", type=int, default=12, help="windows of --context tokens")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--docs", action="store_true", help="write docs/pruning.md from the rows, and stop")
+    options = parser.parse_args()
+    if options.docs:
+        write_docs()
+        return
+    torch.set_num_threads(options.threads)
+    tokenizer = AutoTokenizer.from_pretrained(options.dense)
+    test = tokenizer(options.test.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+    dense = Remembered(AutoModelForCausalLM.from_pretrained(options.dense, dtype=torch.float32))
+    for folder in options.packed:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        bits = compression_report(model)["config"]["average_bits"]
+        if set(options.parts) - {"speed"}:
+            quality(options, model, dense, test, bits)
+        if "speed" in options.parts:
+            speed(options, model, test, bits)
+
+
+def write_docs() -> None:
+    """docs/pruning.md: the text above its tables, and the newest row of each kind."""
+    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    newest = {
+        (r["model"], r["bits"], r["table"], r["row"], r.get("causal"), r.get("protocol", {}).get("context")): r
+        for r in rows
+    }
+    text = DOCS.read_text(encoding="utf-8")
+    parts = [text[: text.index(MARK) + len(MARK)], ""]
+    for model, bits in dict.fromkeys(key[:2] for key in newest):
+        own = [row for key, row in newest.items() if key[:2] == (model, bits)]
+        base = next(row for row in own if row["table"] == "")
+        protocol = base["protocol"]
+        parts.append(f"## {model}, {bits:.4g} bits\n")
+        parts.append(
+            f"{protocol['windows']} windows of {protocol['context']} tokens of {base['test']}, {base['tokens']:,} predictions, bf16 beside an fp32 dense model; "
+            f"without pruning perplexity {base['perplexity']:.2f}, KL to the dense model {base['kl']:.4f} ± {base['kl_se']:.4f}. "
+            "Each cell: perplexity / KL to the dense model.\n"
+        )
+        for table in dict.fromkeys(
+            row["table"] for row in own if row["table"] and not row["table"].startswith("speed")
+        ):
+            parts += _table(table, [row for row in own if row["table"] == table])
+        timed_rows = [row for row in own if row["table"].startswith("speed")]
+        if timed_rows:
+            parts += _speed(timed_rows)
+    DOCS.write_text("\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _table(table: str, rows: list[dict[str, Any]]) -> list[str]:
+    """A line per setting, whole windows and causal beside each other."""
+    title = {"sweep": "Thresholds by protected shares", "lengths": "Lengths, 15 % of expert bytes"}.get(
+        table, f"{table} of the routed expert bytes"
+    )
+    lines = [f"### {title}\n", "| | skipped | whole windows (paper) | causal |", "|---|---|---|---|"]
+    keys = dict.fromkeys((row["row"], row["protocol"]["context"]) for row in rows)
+    for name, context in keys:
+        own = {row["causal"]: row for row in rows if (row["row"], row["protocol"]["context"]) == (name, context)}
+        cells = []
+        for causal in (False, True):
+            row = own.get(causal, own[False])  # what does not rank tokens is the same
+            cells.append(f"{row['perplexity']:.2f} / {row['kl']:.4f}")
+        skipped = f"{100 * own[False]['skipped']['bytes_skipped']:.1f} %" if "skipped" in own[False] else ""
+        label = f"{name}, {context} tokens" if table == "lengths" else name
+        lines.append(f"| {label} | {skipped} | {cells[0]} | {cells[1]} |")
+    return [*lines, ""]
+
+
+def _speed(rows: list[dict[str, Any]]) -> list[str]:
+    first = rows[0]
+    lines = [
+        f"### Time\n\n{first['threads']} threads, {first['cpus']} CPU cores ({first['backend']}), prompt of {first['context']} "
+        f"tokens, batch 1, medians of {first['rounds']} rounds in turns.\n",
+        "| | skipped | tokens/s | times unpruned | expert time saved |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['table'].removeprefix('speed, ')}, {row['row']} | {100 * row['skipped_share']:.1f} % | {row['tokens_per_s']:.2f} "
+            f"| {row['times_unpruned']:.3f} | {100 * row['expert_time_saved']:.1f} % |"
+        )
+    return [*lines, ""]
+
+
+MARK = "<!-- below this line: written by benchmarks/pruning.py --docs -->"
+
+if __name__ == "__main__":
+    main()
