@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from transformers_mcmoe import backend_info, compression_report
 from transformers_mcmoe.cli import app
+from transformers_mcmoe.routing import attached
 
 WORDS = [f"w{i}" for i in range(300)]
 
@@ -48,6 +49,16 @@ def test_compress(dense, tmp_path):
     assert compression_report(model)["config"]["budget"] == "model"
     assert PreTrainedTokenizerFast.from_pretrained(output).eos_token == "</s>"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_expert_pruning(dense, tmp_path):
+    options = ["--odp-rate", "0.2", "--rounding", "nearest"]
+    result = CliRunner().invoke(app, _arguments(dense, tmp_path / "out", *options))
+    assert result.exit_code == 0, result.output
+    assert attached(load_class(tmp_path / "out").from_pretrained(tmp_path / "out")).odp.rate == 0.2
+    result = CliRunner().invoke(app, _arguments(dense, tmp_path / "none", "--odp-rate", "2", "--rounding", "nearest"))
+    assert result.exit_code == 1
+    assert "rate=2.0 is not valid" in result.output
 
 
 def test_inspect(dense, tmp_path):
