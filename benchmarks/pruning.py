@@ -87,8 +87,25 @@ def causal_too(odp: ODPConfig) -> list[ODPConfig]:
     return [odp, ODPConfig(**(odp.to_dict() | {"causal": True}))] if ranked else [odp]
 
 
+def equalized(model: Any, test: torch.Tensor, odp: ODPConfig, context: int) -> ODPConfig:
+    """The options with the rate that gives the share asked for on the text measured, where layers before are pruned, too."""
+    if odp.rate is None or odp.method == "random":
+        return odp
+    wanted = odp.rate + odp.drop_all * (1 - odp.rate)
+    options = odp
+    for _ in range(3):
+        set_expert_pruning(model, options)
+        with torch.no_grad():
+            for start in (0, len(test) // 2):
+                model(test[start : start + context][None], use_cache=False, logits_to_keep=1)
+        seen = expert_pruning_stats(model)["prefill"]["bytes_skipped"]
+        options = ODPConfig(**(odp.to_dict() | {"rate": options.rate * wanted / seen}))
+    return options
+
+
 def measure(model: Any, dense: Any, test: torch.Tensor, odp: ODPConfig | None, context: int, windows: int) -> dict:
     """Scores and shares of one setting."""
+    odp = odp and equalized(model, test, odp, context)
     set_expert_pruning(model, odp or False)
     started = time.monotonic()
     scores = evaluate(model, test, dense, context=context, limit=windows, batch=1)
@@ -208,7 +225,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[0.15, 0.25])
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 4096])
     parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--windows", type=int, default=12, help="windows of --context tokens")
+    parser.add_argument("--windows", type=int, default=6, help="windows of --context tokens")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import compressed, quick_config, relative_rms, save_dense, tokens
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 
 from transformers_mcmoe import (
     MCMoEConfig,
@@ -83,6 +83,30 @@ class TestPackedCheckpoints:
         assert torch.equal(model(IDS).logits, full)
         model.save_pretrained(tmp_path / "off")
         assert attached(_load(tmp_path / "off")) is None
+
+    @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+    def test_base_model_and_model_with_head(self, packed, tmp_path):
+        plain = _load(packed)
+        base = AutoModel.from_pretrained(packed, dtype=torch.float32)
+        assert torch.equal(base(IDS).last_hidden_state, plain.model(IDS).last_hidden_state)
+        other = AutoModel.from_pretrained(
+            packed, dtype=torch.float32, quantization_config=MCMoEConfig(odp=ODPConfig(rate=0.2))
+        )
+        assert set(attached(other).odp.thresholds) == {"layers.0.mlp.experts", "layers.1.mlp.experts"}
+        base.save_pretrained(tmp_path)
+        again = AutoModel.from_pretrained(tmp_path, dtype=torch.float32)
+        assert torch.equal(again(IDS).last_hidden_state, base(IDS).last_hidden_state)
+        set_expert_pruning(again, ODPConfig(rate=0.2))
+        assert attached(again).odp == attached(other).odp
+
+    def test_cache_that_is_cut_back(self, packed):
+        model = _load(packed)
+        set_expert_pruning(model, ODPConfig(threshold=1, protect=0.1, causal=True))
+        output = model(IDS, use_cache=True)
+        cache, step = output.past_key_values, IDS[:, :1]
+        first = model(step, past_key_values=cache, use_cache=True).logits
+        cache.crop(-1)
+        assert torch.equal(model(step, past_key_values=cache, use_cache=True).logits, first)
 
     def test_thresholds_from_other_text(self, packed):
         model = _load(packed)

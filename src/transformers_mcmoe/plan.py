@@ -76,17 +76,9 @@ class Plan:
             modules: paths of experts modules in the model.
             prefix: the base model's name in the model with a head, e.g. "model".
         """
-        if not prefix or set(self.experts) & set(modules):
-            return self
-        inside = any(path.startswith(f"{prefix}.") for path in modules)
-
-        def move(path: str) -> str:
-            bare = path.removeprefix(f"{prefix}.")
-            return f"{prefix}.{bare}" if inside else bare
-
         return Plan(
-            {move(path): widths for path, widths in self.experts.items()},
-            {move(path): bits for path, bits in self.linears.items()},
+            under_prefix(self.experts, self.experts, modules, prefix),
+            under_prefix(self.linears, self.experts, modules, prefix),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,3 +153,21 @@ def bits_per_weight(matrices: Iterable[Matrix], group_size: int) -> float:
         total += matrix.weights
         packed += matrix.packed_bytes(group_size)
     return 8 * packed / total if total else 0.0
+
+
+def under_prefix(
+    by_path: Mapping[str, Any], known: Iterable[str], modules: Iterable[str], prefix: str
+) -> dict[str, Any]:
+    """The same mapping for a model with or without its head, see `Plan.under`.
+
+    Args:
+        by_path: values by module path, as they were saved.
+        known: paths of experts modules when it was saved.
+        modules: paths of experts modules in the model.
+        prefix: the base model's name in the model with a head, e.g. "model".
+    """
+    if not prefix or set(known) & set(modules):
+        return dict(by_path)
+    inside = any(path.startswith(f"{prefix}.") for path in modules)
+    bare = {path.removeprefix(f"{prefix}."): value for path, value in by_path.items()}
+    return {f"{prefix}.{path}": value for path, value in bare.items()} if inside else bare

@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers_mcmoe.calibration.data import calibration_tokens
 from transformers_mcmoe.config import MCMoEConfig, ODPConfig
 from transformers_mcmoe.models.experts import layer_of
+from transformers_mcmoe.plan import under_prefix
 from transformers_mcmoe.report import compression_report
 from transformers_mcmoe.routing import (
     ExpertPruning,
@@ -87,7 +88,7 @@ def set_expert_pruning(
             report = None if config is None or tokens is not None else compression_report(model)
             if not options.calibrated or tokens is not None:
                 options = with_thresholds(model, options, report, None if tokens is None else lambda: tokens)
-            ExpertPruning(model, options)
+            options = start_expert_pruning(model, options)
     except BaseException:
         if before is not None:
             ExpertPruning(model, before.odp)
@@ -95,6 +96,19 @@ def set_expert_pruning(
     if config is not None:
         config.odp = options
     return options
+
+
+def start_expert_pruning(model: Any, odp: ODPConfig) -> ODPConfig:
+    """Attach pruning with thresholds that were saved from this model, with or without its head; returns them by its paths."""
+    thresholds, normalized = odp.thresholds or {}, odp.normalized or {}
+    found = prunable_experts(model)
+    odp = replace(
+        odp,
+        thresholds=under_prefix(thresholds, thresholds, found, model.base_model_prefix),
+        normalized=under_prefix(normalized, thresholds, found, model.base_model_prefix),
+    )
+    ExpertPruning(model, odp)
+    return odp
 
 
 def with_thresholds(
@@ -110,7 +124,8 @@ def with_thresholds(
     """
     recorded = (report or {}).get("routing_ratios")
     if recorded:
-        tables = {path: RatioTable.from_dict(table) for path, table in recorded.items()}
+        here = under_prefix(recorded, recorded, prunable_experts(model), model.base_model_prefix)
+        tables = {path: RatioTable.from_dict(table) for path, table in here.items()}
     else:
         tables = _measure(model, odp, tokens)
     for path, table in tables.items():

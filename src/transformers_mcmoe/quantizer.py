@@ -34,7 +34,7 @@ from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.nn import PackedExperts, PackedLinear
 from transformers_mcmoe.pipeline import Compressed, compress, unread_patterns
 from transformers_mcmoe.plan import Plan, average_bits
-from transformers_mcmoe.pruning import tokens_for, with_thresholds
+from transformers_mcmoe.pruning import start_expert_pruning, tokens_for, with_thresholds
 from transformers_mcmoe.report import build_report, read_report, write_report
 from transformers_mcmoe.routing import ExpertPruning, attached
 
@@ -129,8 +129,7 @@ class MCMoEHfQuantizer(HfQuantizer):
         if not odp.calibrated:
             report = self.report or read_report(model)
             odp = with_thresholds(model, odp, report, lambda: tokens_for(model, config))
-        ExpertPruning(model, odp)
-        config.odp = odp
+        config.odp = start_expert_pruning(model, odp)
 
     @contextmanager
     def saving_to(self, directory: Path) -> Iterator[None]:

@@ -140,7 +140,8 @@ class Call:
         self._past = int(cache.get_seq_length()) if cache is not None else 0
         known = self._caches.get(cache, {}) if self._past else {}
         batch = self.shape[0] if self.shape else 0
-        self._known = {name: values for name, values in known.items() if values.shape[0] == batch}
+        # a cache may have been cropped
+        self._known = {name: values[:, : self._past] for name, values in known.items() if values.shape[0] == batch}
 
     def keep(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Post-hook: what was learned in this call stays with its cache."""
