@@ -149,8 +149,10 @@ def quality(options: argparse.Namespace, model: Any, dense: Any, test: torch.Ten
 
 @contextmanager
 def timed(model: Any) -> Iterator[list[float]]:
-    """While open, sums up the seconds spent in experts: pruning itself, and the experts' products."""
-    total, started, handles = [0.0], [0.0], []
+    """While open, sums up the seconds spent in the experts' products, and those spent in choosing what to skip."""
+    total, started = [0.0, 0.0], [0.0]
+    modules = [module for module in model.modules() if isinstance(module, PackedExperts)]
+    handles = []
 
     def enter(module: Any, args: Any) -> None:
         started[0] = time.perf_counter()
@@ -158,23 +160,41 @@ def timed(model: Any) -> Iterator[list[float]]:
     def leave(module: Any, args: Any, output: Any) -> None:
         total[0] += time.perf_counter() - started[0]
 
-    for module in model.modules():
-        if isinstance(module, PackedExperts):
-            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    def watched(pruning: Any) -> Any:
+        def run(*args: Any) -> Any:
+            begun = time.perf_counter()
+            routing = pruning(*args)
+            spent = time.perf_counter() - begun
+            total[0], total[1] = total[0] - spent, total[1] + spent
+            return routing
+
+        return run
+
+    prunings = [module.pruning for module in modules]
+    for module in modules:
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+        module.pruning = module.pruning and watched(module.pruning)
     try:
         yield total
     finally:
         for handle in handles:
             handle.remove()
+        for module, pruning in zip(modules, prunings, strict=True):
+            module.pruning = pruning
 
 
-def speed(options: argparse.Namespace, model: Any, test: torch.Tensor, bits: float) -> None:
-    """Prefill and decoding with and without pruning, in turns."""
+def speed(options: argparse.Namespace, model: Any, bits: float) -> None:
+    """Prefill and decoding of random tokens with and without pruning, in turns."""
     settings: dict[str, ODPConfig | None] = {"no pruning": None}
+    settings["nothing skipped, tokens ranked"] = ODPConfig(threshold=0)
     for rate in options.rates:
         settings |= {f"ODP {100 * rate:.0f} %": ODPConfig(rate=rate)}
         settings |= {f"threshold alone {100 * rate:.0f} %": ODPConfig(rate=rate, protect=0)}
-    seen: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    seen: dict[tuple[str, str], list[tuple[float, float, float, float]]] = {}
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    test = torch.randint(
+        0, vocabulary, (options.context + options.new_tokens,), generator=torch.Generator().manual_seed(0)
+    )
     ids = test[: options.context][None]
     for _ in range(options.rounds):
         for name, odp in settings.items():
@@ -190,15 +210,15 @@ def speed(options: argparse.Namespace, model: Any, test: torch.Tensor, bits: flo
                             model(test[options.context + t].view(1, 1), past_key_values=cache)
                     whole = time.perf_counter() - started
                 skipped = expert_pruning_stats(model)[phase]["bytes_skipped"] if odp else 0.0
-                seen.setdefault((phase, name), []).append((whole, inside[0], skipped))
+                seen.setdefault((phase, name), []).append((whole, inside[0], inside[1], skipped))
     for (phase, name), runs in seen.items():
-        whole, inside = (statistics.median(run[i] for run in runs) for i in (0, 1))
+        whole, inside, choosing = (statistics.median(run[i] for run in runs) for i in (0, 1, 2))
         base_whole, base_inside = (statistics.median(run[i] for run in seen[phase, "no pruning"]) for i in (0, 1))
-        share = runs[-1][2]
+        share = runs[-1][3]
         tokens = options.context if phase == "prefill" else options.new_tokens
         row = {
-            "model": options.name, "bits": bits, "table": f"speed, {phase}", "row": name, "context": options.context,
-            "tokens_per_s": tokens / whole, "experts_s": inside, "skipped_share": share, "rounds": options.rounds,
+            "model": options.name, "bits": bits, "table": f"speed, {phase}", "row": name, "context": options.context, "tokens": tokens,
+            "tokens_per_s": tokens / whole, "experts_s": inside, "choosing_s": choosing, "skipped_share": share, "rounds": options.rounds,
             "times_unpruned": base_whole / whole, "expert_time_saved": 1 - inside / base_inside,
             "threads": torch.get_num_threads(), "backend": backend_info()["instruction_set"],
         }  # fmt: skip
@@ -235,16 +255,17 @@ def main() -> None:
         write_docs()
         return
     torch.set_num_threads(options.threads)
-    tokenizer = AutoTokenizer.from_pretrained(options.dense)
-    test = tokenizer(options.test.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
-    dense = Remembered(AutoModelForCausalLM.from_pretrained(options.dense, dtype=torch.float32))
+    if set(options.parts) - {"speed"}:
+        tokenizer = AutoTokenizer.from_pretrained(options.dense)
+        test = tokenizer(options.test.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+        dense = Remembered(AutoModelForCausalLM.from_pretrained(options.dense, dtype=torch.float32))
     for folder in options.packed:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         bits = compression_report(model)["config"]["average_bits"]
         if set(options.parts) - {"speed"}:
             quality(options, model, dense, test, bits)
         if "speed" in options.parts:
-            speed(options, model, test, bits)
+            speed(options, model, bits)
 
 
 def write_docs() -> None:
@@ -258,14 +279,15 @@ def write_docs() -> None:
     parts = [text[: text.index(MARK) + len(MARK)], ""]
     for model, bits in dict.fromkeys(key[:2] for key in newest):
         own = [row for key, row in newest.items() if key[:2] == (model, bits)]
-        base = next(row for row in own if row["table"] == "")
-        protocol = base["protocol"]
         parts.append(f"## {model}, {bits:.4g} bits\n")
-        parts.append(
-            f"{protocol['windows']} windows of {protocol['context']} tokens of {base['test']}, {base['tokens']:,} predictions, bf16 beside an fp32 dense model; "
-            f"without pruning perplexity {base['perplexity']:.2f}, KL to the dense model {base['kl']:.4f} ± {base['kl_se']:.4f}. "
-            "Each cell: perplexity / KL to the dense model.\n"
-        )
+        base = next((row for row in own if row["table"] == ""), None)
+        if base is not None:
+            protocol = base["protocol"]
+            parts.append(
+                f"{protocol['windows']} windows of {protocol['context']} tokens of {base['test']}, {base['tokens']:,} predictions, bf16 beside an fp32 dense model; "
+                f"without pruning perplexity {base['perplexity']:.2f}, KL to the dense model {base['kl']:.4f} ± {base['kl_se']:.4f}. "
+                "Each cell: perplexity / KL to the dense model.\n"
+            )
         for table in dict.fromkeys(
             row["table"] for row in own if row["table"] and not row["table"].startswith("speed")
         ):
@@ -288,7 +310,7 @@ def _table(table: str, rows: list[dict[str, Any]]) -> list[str]:
         cells = []
         for causal in (False, True):
             row = own.get(causal, own[False])  # what does not rank tokens is the same
-            cells.append(f"{row['perplexity']:.2f} / {row['kl']:.4f}")
+            cells.append(f"{row['perplexity']:.2f} / {row['kl']:.3f} ± {row['kl_se']:.3f}")
         skipped = f"{100 * own[False]['skipped']['bytes_skipped']:.1f} %" if "skipped" in own[False] else ""
         label = f"{name}, {context} tokens" if table == "lengths" else name
         lines.append(f"| {label} | {skipped} | {cells[0]} | {cells[1]} |")
@@ -300,13 +322,14 @@ def _speed(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         f"### Time\n\n{first['threads']} threads, {first['cpus']} CPU cores ({first['backend']}), prompt of {first['context']} "
         f"tokens, batch 1, medians of {first['rounds']} rounds in turns.\n",
-        "| | skipped | tokens/s | times unpruned | expert time saved |",
-        "|---|---|---|---|---|",
+        "| | skipped | tokens/s | times unpruned | expert time saved | choosing, share of the time |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
             f"| {row['table'].removeprefix('speed, ')}, {row['row']} | {100 * row['skipped_share']:.1f} % | {row['tokens_per_s']:.2f} "
-            f"| {row['times_unpruned']:.3f} | {100 * row['expert_time_saved']:.1f} % |"
+            f"| {row['times_unpruned']:.3f} | {100 * row['expert_time_saved']:.1f} % "
+            f"| {100 * row['choosing_s'] * row['tokens_per_s'] / row['tokens']:.1f} % |"
         )
     return [*lines, ""]
 

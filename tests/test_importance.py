@@ -163,16 +163,23 @@ def test_long_sequences_in_blocks():
 
 
 class TestTop:
-    def test_share_of_a_call_is_rounded_up(self):
+    def test_share_of_a_call(self):
         call = Call()
         call.valid = torch.tensor([[True] * 10, [False] * 7 + [True] * 3])
-        chosen = call.top(torch.arange(20.0).view(2, 10), 0.11)
-        assert chosen.tolist() == [[False] * 8 + [True] * 2, [False] * 9 + [True]]
+        value = torch.arange(20.0).view(2, 10)
+        kept = call.top(value, 0.11)  # rounded up, and the first token of each sequence
+        assert kept.tolist() == [[True] + [False] * 7 + [True] * 2, [False] * 7 + [True, False, True]]
+        assert call.top(value, 0.3).sum().item() == 4 + 2
+        reduced = call.top(value, 0.34, keep=False)
+        assert reduced.tolist() == [[False] * 7 + [True] * 3, [False] * 9 + [True]]
 
-    def test_running_choice_equals_brute_force(self):
+    @pytest.mark.parametrize("keep", [True, False])
+    def test_running_choice_equals_brute_force(self, keep):
         call, value = Call(), torch.rand(2, 50)
-        chosen = torch.cat([call.top_so_far("x", piece, 0.1) for piece in value.split((20, 1, 29), dim=1)], dim=1)
+        chosen = torch.cat(
+            [call.top_so_far("x", piece, 0.1, keep) for piece in value.split((20, 1, 29), dim=1)], dim=1
+        )
         for row in range(2):
             for t in range(50):
                 larger = (value[row, : t + 1] > value[row, t]).sum()
-                assert chosen[row, t] == (larger < -(-(t + 1) // 10))
+                assert chosen[row, t] == (larger < (-(-(t + 1) // 10) if keep else (t + 1) // 10))

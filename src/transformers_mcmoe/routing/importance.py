@@ -183,12 +183,19 @@ class Call:
             bias=options.get("position_bias"),
         )
 
-    def top(self, value: Tensor, share: float) -> Tensor:
-        """Which tokens [B, T] bool have the largest values [B, T]: `ceil(share * n)` of a sequence's n in this call."""
+    def top(self, value: Tensor, share: float, keep: bool = True) -> Tensor:
+        """Which tokens [B, T] bool have the largest values [B, T] of this call: a share of a sequence's n, rounded.
+
+        With `keep` the number is rounded up, and a sequence's first token is one of them: all others attend to it, and it is
+        among the largest so far when it is looked at. Else it is rounded down.
+        """
         valid = self._valid(value)
-        count = (valid.sum(-1, keepdim=True) * share).ceil()
+        count = _rounded(valid.sum(-1, keepdim=True) * share, keep)
         ranks = value.masked_fill(~valid, -torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        return (ranks < count) & valid
+        chosen = ranks < count
+        if keep and not self._past:
+            chosen |= valid.cumsum(-1) == 1
+        return chosen & valid
 
     def learn(self, name: Any, value: Tensor) -> Tensor:
         """Keep the values [B, T] of this call for later ones; returns those of all tokens so far, [B, n]."""
@@ -197,16 +204,17 @@ class Call:
         self._known[name] = every = value if earlier is None else torch.cat([earlier, value], dim=1)
         return every
 
-    def top_so_far(self, name: Any, value: Tensor, share: float) -> Tensor:
+    def top_so_far(self, name: Any, value: Tensor, share: float, keep: bool = True) -> Tensor:
         """Which tokens have the largest values among themselves and all earlier tokens of their sequences.
 
-        Those for which fewer than `ceil(share * n)` of these n tokens have a larger value. Tokens of earlier calls with
+        Those for which fewer than `share * n`, rounded, of these n tokens have a larger value. Tokens of earlier calls with
         the same cache count.
 
         Args:
             name: what the values are.
             value: [B, T].
             share: in (0, 1).
+            keep: round up, else down.
 
         Returns:
             [B, T] bool.
@@ -220,9 +228,11 @@ class Call:
             rows = slice(t, t + step)
             earlier = columns <= columns[start:][rows, None]
             larger[:, rows] = ((every[:, None] > value[:, rows, None]) & earlier).sum(-1)
-        return (larger < (seen * share).ceil()) & self._valid(value)
+        return (larger < _rounded(seen * share, keep)) & self._valid(value)
 
-    def select(self, name: Any, value: Tensor, lasting: Tensor, share: float, causal: bool) -> Tensor:
+    def select(
+        self, name: Any, value: Tensor, lasting: Tensor, share: float, causal: bool, keep: bool = True
+    ) -> Tensor:
         """[B * T] bool, the tokens with the largest values: of this call, or with `causal` and for single ones so far.
 
         Args:
@@ -231,14 +241,20 @@ class Call:
             lasting: [B, T], what of them does not change with later tokens; compared across calls.
             share: in (0, 1).
             causal: compare with earlier tokens only.
+            keep: see `top`.
         """
         if causal or value.shape[1] == 1:
-            return self.top_so_far(name, lasting, share).flatten()
+            return self.top_so_far(name, lasting, share, keep).flatten()
         self.learn(name, lasting)
-        return self.top(value, share).flatten()
+        return self.top(value, share, keep).flatten()
 
     def _valid(self, value: Tensor) -> Tensor:
         return torch.ones_like(value, dtype=torch.bool) if self.valid is None else self.valid
+
+
+def _rounded(count: Tensor, up: bool) -> Tensor:
+    # 0.02 * 50 may lie beside 1
+    return (count - 1e-4).ceil() if up else (count + 1e-4).floor()
 
 
 class TokenImportance:
@@ -280,7 +296,7 @@ class TokenImportance:
     def select(self, share: float, least: bool = False) -> Tensor:
         """[B * T] bool, the most (or least) important share of the tokens."""
         value, own = (-x if least else x for x in self.values())
-        return self._call.select((self._name, least), value, own, share, self._causal)
+        return self._call.select((self._name, least), value, own, share, self._causal, keep=not least)
 
 
 def _attend_eager(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:

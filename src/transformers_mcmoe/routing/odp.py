@@ -85,7 +85,8 @@ class LayerPruning:
         shape = self._call.shape if self._call.shape is not None else (1, x.shape[0])
         self._check(shape, index)
         statistic = -token_statistic(self.odp.method, x).view(shape)
-        return self._call.select(self.name, statistic, statistic, share, self.odp.causal)[:, None] & ~first
+        reduced = self._call.select(self.name, statistic, statistic, share, self.odp.causal, keep=False)
+        return reduced[:, None] & ~first
 
     def _tokens(self, share: float, index: Tensor, least: bool = False) -> Tensor:
         assert self._importance is not None
