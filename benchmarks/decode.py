@@ -59,7 +59,9 @@ def build(folder: Path, shape: str, layers: int, bits: float) -> None:
     dense.save_pretrained(folder / "dense bf16")
     del dense
     text = torch.randint(0, VOCABULARY, (4, 64))
-    config = MCMoEConfig(bits, dataset=text, num_samples=4, seq_len=64, allocation="uniform", rounding="nearest")
+    config = MCMoEConfig(
+        bits, dataset=text, num_samples=4, seq_len=64, allocation="uniform", rounding="nearest", fit="minmax"
+    )
     packed = AutoModelForCausalLM.from_pretrained(folder / "dense bf16", quantization_config=config)
     packed.save_pretrained(folder / "packed")
     size = compression_report(packed)["sizes"]["quantized_bytes"]

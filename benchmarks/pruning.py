@@ -67,8 +67,7 @@ def methods(rate: float) -> dict[str, ODPConfig]:
     """ODP, the threshold alone, and the comparators, at one share of skipped expert bytes."""
     named = {"ODP": ODPConfig(rate=rate), "threshold alone (NAEE)": ODPConfig(rate=rate, protect=0)}
     named |= {method: ODPConfig(method=method, rate=rate) for method in ("random", "mean", "variance", "kurtosis")}
-    # the least important tokens skip everything; the threshold skips the rest of the rate
-    named["ODP, least important 2 % skip all"] = ODPConfig(rate=(rate - DROP) / (1 - DROP), drop_all=DROP)
+    named["ODP, least important 2 % skip all"] = ODPConfig(rate=rate, drop_all=DROP)
     return named
 
 
@@ -91,7 +90,6 @@ def equalized(model: Any, test: torch.Tensor, odp: ODPConfig, context: int) -> O
     """The options with the rate that gives the share asked for on the text measured, where layers before are pruned, too."""
     if odp.rate is None or odp.method == "random":
         return odp
-    wanted = odp.rate + odp.drop_all * (1 - odp.rate)
     options = odp
     for _ in range(3):
         set_expert_pruning(model, options)
@@ -99,7 +97,7 @@ def equalized(model: Any, test: torch.Tensor, odp: ODPConfig, context: int) -> O
             for start in (0, len(test) // 2):
                 model(test[start : start + context][None], use_cache=False, logits_to_keep=1)
         seen = expert_pruning_stats(model)["prefill"]["bytes_skipped"]
-        options = ODPConfig(**(odp.to_dict() | {"rate": options.rate * wanted / seen}))
+        options = ODPConfig(**(odp.to_dict() | {"rate": options.rate * odp.rate / seen}))
     return options
 
 

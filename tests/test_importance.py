@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from transformers_mcmoe import ODPConfig, set_expert_pruning
 from transformers_mcmoe.routing import attached, attention_received
-from transformers_mcmoe.routing.importance import Call
+from transformers_mcmoe.routing.call import Call
 
 FAMILIES = ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next"]
 ODP = ODPConfig(threshold=0.9, protect=0.1)
@@ -65,7 +65,7 @@ def test_equals_brute_force(family, padding, tmp_path):
             mean = weights.mean(1) * valid[:, :, None]
             later = torch.stack([valid[:, j:].sum(-1) for j in range(ids.shape[1])], dim=1)
             expected = norm * mean.sum(1) / later.clamp(min=1)
-            expected_own = norm * mean.diagonal(dim1=1, dim2=2)
+            expected_own = norm * mean.diagonal(dim1=1, dim2=2) * valid.cumsum(-1)
         assert relative_rms(importance[valid], expected[valid]) <= 1e-5
         assert relative_rms(own[valid], expected_own[valid]) <= 1e-5
 

@@ -6,7 +6,7 @@ import torch
 
 from transformers_mcmoe import ODPConfig
 from transformers_mcmoe.routing import LayerPruning, RatioTable, RoutingRatios
-from transformers_mcmoe.routing.importance import Call
+from transformers_mcmoe.routing.call import Call
 
 E, K, T = 8, 4, 3000
 
@@ -99,6 +99,13 @@ class TestRule:
         counts = pruning.counts.read(0)
         assert abs(counts["slots_skipped"] / counts["slots"] - 0.3) < 0.01
 
+    def test_layers_draw_apart(self):
+        index, weights = _routing()
+        odp = ODPConfig(method="random", rate=0.3)
+        first, second = (LayerPruning(odp, name, [0.5], True, Call(), None, [1.0] * E, E) for name in "ab")
+        x = torch.zeros(T, 8)
+        assert not torch.equal(first(x, index, weights)[0], second(x, index, weights)[0])
+
     def test_token_statistics_reduce_the_lowest_tokens(self):
         index, weights = _routing()
         x = torch.randn(T, 16) + torch.arange(T)[:, None]
@@ -151,6 +158,18 @@ class TestThresholds:
         pruning(torch.zeros(T, 8), index, weights)
         counts = pruning.counts.read(0)
         assert abs(counts["bytes_skipped"] / counts["bytes"] - rate) < 0.01
+
+    def test_rate_with_tokens_that_skip_everything(self):
+        ratios = RoutingRatios(E)
+        ratios.add(*_routing())
+        table = ratios.table([1.0] * E)
+        odp = ODPConfig(rate=0.3, protect=0.1, drop_all=0.05)
+        share = (0.3 - 0.05) / (0.85 * 0.75)
+        assert table.levels(odp) == pytest.approx(
+            table.levels(ODPConfig(rate=share * table.droppable, protect=0)), abs=1e-3
+        )
+        with pytest.raises(ValueError, match=r"rate=0\.04 cannot be met"):
+            table.levels(ODPConfig(rate=0.04, drop_all=0.05))
 
     def test_rate_that_cannot_be_met(self):
         ratios = RoutingRatios(E)

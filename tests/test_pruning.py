@@ -4,6 +4,7 @@
 import copy
 import json
 import pickle
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -118,7 +119,10 @@ class TestPackedCheckpoints:
         model = _load(packed)
         set_expert_pruning(model, ODPConfig(layers=[1]))
         model(IDS)
-        assert list(expert_pruning_stats(model)["prefill"]["layers"]) == ["model.layers.1.mlp.experts"]
+        stats = expert_pruning_stats(model)["prefill"]
+        first, second = stats["layers"].values()
+        assert first["bytes_skipped"] == 0 < second["bytes_skipped"]
+        assert stats["bytes_per_token"] == pytest.approx(first["bytes_per_token"] + second["bytes_per_token"])
         with pytest.raises(ValueError, match="layer 5 has no experts"):
             set_expert_pruning(model, ODPConfig(layers=[5]))
         assert attached(model).odp.layers == (1,)
@@ -139,18 +143,50 @@ class TestPackedCheckpoints:
         assert (base.exp() * (base - pruned)).sum(-1).mean() <= both * 0.99
         with pytest.raises(ValueError, match="allows no layer"):
             set_expert_pruning(model, ODPConfig(layers="auto", max_kl=1e-9), dataset=text)
-        with pytest.raises(ValueError, match="give dataset="):
+        with pytest.raises(ValueError, match="with dataset="):
             set_expert_pruning(model, ODPConfig(layers="auto", max_kl=1))
 
     def test_at_compression_layers_within_a_kl_budget(self, dense):
         model = compressed(dense, quick_config(odp=ODPConfig(layers="auto", max_kl=10)))
         assert attached(model).odp.layers == (0, 1)
 
-    def test_copies_and_pickles(self, packed):
+    def test_options_are_followed_although_thresholds_are_known(self, packed):
         model = _load(packed)
+        found = attached(model).odp
+        other = set_expert_pruning(model, replace(found, quantile=0.1))
+        assert other.thresholds == set_expert_pruning(model, ODPConfig(quantile=0.1)).thresholds != found.thresholds
+        with pytest.raises(ValueError, match="dataset="):
+            set_expert_pruning(model, replace(found, layers="auto", max_kl=1e-9))
+
+    def test_experts_that_were_not_compressed_are_not_pruned(self, dense):
+        model = compressed(dense, quick_config(odp=True, modules_to_not_convert=["model.layers.0.mlp.experts"]))
+        model(IDS)
+        first, second = expert_pruning_stats(model)["prefill"]["layers"].values()
+        assert first["bytes_skipped"] == 0 < second["bytes_skipped"]
+
+    @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+    def test_without_its_report(self, packed, tmp_path, caplog):
+        shutil.copytree(packed, tmp_path / "copy")
+        (tmp_path / "copy" / "mcmoe_report.json").unlink()
+        model = _load(tmp_path / "copy")
+        assert torch.equal(model(IDS).logits, _load(packed)(IDS).logits)
+        assert set_expert_pruning(model, ODPConfig(threshold=0.5)) is not None
+        with pytest.raises(ValueError, match="give dataset="):
+            set_expert_pruning(model, ODPConfig(rate=0.1))
+
+    @pytest.mark.parametrize("which", ["packed", "dense"])
+    def test_copies_and_pickles(self, which, request):
+        model = _load(request.getfixturevalue(which))
+        set_expert_pruning(model, ODPConfig(threshold=0.9))
         logits = model(IDS).logits
-        assert torch.equal(copy.deepcopy(model)(IDS).logits, logits)
-        assert torch.equal(pickle.loads(pickle.dumps(model))(IDS).logits, logits)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            expert_pruning_stats(model, reset=True)
+            assert torch.equal(other(IDS).logits, logits)
+            assert (
+                expert_pruning_stats(other)["prefill"]["tokens"]
+                > 0
+                == expert_pruning_stats(model)["prefill"]["tokens"]
+            )
 
     def test_bytes_in_the_report(self, packed):
         ratios = compression_report(_load(packed))["routing_ratios"]
@@ -219,6 +255,29 @@ class TestGeneration:
         assert stats["prefill"]["bytes_per_token"] == pytest.approx(per_token)
         assert expert_pruning_stats(model)["prefill"]["slots"] == 0
 
+    def test_padding_with_static_caches(self, packed):
+        model = _load(packed)
+        mask = torch.ones_like(IDS)
+        mask[1, :10] = 0
+        set_expert_pruning(model, ODPConfig(threshold=1, protect=0.1, causal=True))
+        options = {"attention_mask": mask, **self.OPTIONS}
+        expected = model.generate(IDS * mask, **options)
+        dynamic = expert_pruning_stats(model, reset=True)
+        static = model.generate(IDS * mask, cache_implementation="static", disable_compile=True, **options)
+        assert torch.equal(static, expected)
+        assert expert_pruning_stats(model) == dynamic
+        assert dynamic["prefill"]["tokens"] == IDS.numel() - 10
+
+    def test_cache_that_is_copied(self, packed):
+        """A prompt's cache, used again: what is known of its tokens is copied with it."""
+        model = _load(packed)
+        set_expert_pruning(model, ODPConfig(threshold=1, protect=0.1, causal=True))
+        whole = model(IDS).logits[:, -4:]
+        cache = model(IDS[:, :-4], use_cache=True).past_key_values
+        for _ in range(2):
+            part = model(IDS[:, -4:], past_key_values=copy.deepcopy(cache), use_cache=True).logits
+            assert relative_rms(part, whole) <= 1e-5
+
     def test_padding_is_not_counted(self, packed):
         model = _load(packed)
         mask = torch.ones_like(IDS)
@@ -231,7 +290,10 @@ class TestGeneration:
         set_expert_pruning(model, ODPConfig(protect=0))
         logits = model(IDS).logits
         compiled = torch.compile(model, fullgraph=True, backend="eager")
-        assert relative_rms(compiled(IDS).logits, logits) <= 1e-6
+        expert_pruning_stats(model, reset=True)
+        for _ in range(12):  # more than torch compiles again
+            assert relative_rms(compiled(IDS).logits, logits) <= 1e-6
+        assert expert_pruning_stats(model)["prefill"]["tokens"] == 12 * IDS.numel()
 
     def test_skipped_experts_are_not_run(self, packed, monkeypatch):
         """Ids that no token keeps never reach an expert, in the operator and in the loop over experts."""
@@ -281,6 +343,32 @@ class TestRefusals:
         model.config._attn_implementation = "sdpa"
         set_expert_pruning(model)
         assert torch.equal(model(IDS).logits, before)
+
+    def test_attention_that_is_changed_later(self, packed):
+        model = _load(packed)
+        model.set_attn_implementation("eager")
+        with pytest.raises(ValueError, match="switch pruning on again"):
+            model(IDS)
+        set_expert_pruning(model, False)
+        model.set_attn_implementation("eager")
+        set_expert_pruning(model)
+        model(IDS)
+
+    def test_layers_that_are_run_again(self, packed):
+        model = _load(packed)
+        # renamed in transformers 5.23
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        model.train()
+        with pytest.raises(ValueError, match="protect=0"):
+            model(IDS)
+        set_expert_pruning(model, ODPConfig(protect=0))
+        model(IDS, labels=IDS).loss.backward()
+        assert model.model.embed_tokens.weight.grad.abs().sum() > 0
+
+    def test_rate_that_no_model_with_two_experts_can_meet(self, dense):
+        config = quick_config(odp=ODPConfig(rate=0.9))
+        with pytest.raises(ValueError, match=r"rate=0\.9 cannot be met: with 2 experts"):
+            compressed(dense, config)
 
     def test_no_pruning_no_statistics(self, unpruned):
         with pytest.raises(ValueError, match="no expert pruning"):

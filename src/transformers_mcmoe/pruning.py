@@ -7,7 +7,7 @@ Finds thresholds, in what a compression recorded or by running text through the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -57,7 +57,7 @@ def set_expert_pruning(
     results of pruning and saves no time.
 
     Args:
-        model: a transformers model, packed or not; changed in place. What it is saved with changes, too.
+        model: a transformers model, packed or not; changed in place. A packed one is saved with it.
         odp: True for the defaults, options, or False for off.
         dataset: calibration text, as in `MCMoEConfig`; for packed models, measure again on this.
         tokenizer: tokenizer object or id; default the model's own.
@@ -79,15 +79,12 @@ def set_expert_pruning(
         before.detach()
     try:
         if options is not None:
-            tokens = None
             if dataset is not None:
-                texts = MCMoEConfig(
-                    dataset=dataset, tokenizer=tokenizer, num_samples=num_samples, seq_len=seq_len, seed=seed
-                )
-                tokens = tokens_for(model, texts)
-            report = None if config is None or tokens is not None else compression_report(model)
-            if not options.calibrated or tokens is not None:
-                options = with_thresholds(model, options, report, None if tokens is None else lambda: tokens)
+                data = {"dataset": dataset, "tokenizer": tokenizer, "seed": seed}
+                tokens = tokens_for(model, MCMoEConfig(num_samples=num_samples, seq_len=seq_len, **data))
+                options = with_thresholds(model, options, None, tokens)
+            elif not options.calibrated:
+                options = with_thresholds(model, options, _recorded(model), None)
             options = start_expert_pruning(model, options)
     except BaseException:
         if before is not None:
@@ -112,17 +109,18 @@ def start_expert_pruning(model: Any, odp: ODPConfig) -> ODPConfig:
 
 
 def with_thresholds(
-    model: Any, odp: ODPConfig, report: Mapping[str, Any] | None, tokens: Callable[[], Tensor] | None
+    model: Any, odp: ODPConfig, recorded: Mapping[str, Any] | None, tokens: Tensor | None
 ) -> ODPConfig:
     """The options with thresholds, and with the layers that `layers="auto"` finds.
 
     Args:
         model: the model, without pruning.
         odp: the options.
-        report: of its compression, if there is one: what thresholds are read from.
-        tokens: gives calibration tokens [N, T] where the report is not enough.
+        recorded: the `routing_ratios` of its compression's report, if there is one: what thresholds are read from.
+        tokens: calibration tokens [N, T], where there is no record or layers are to be chosen.
     """
-    recorded = (report or {}).get("routing_ratios")
+    if odp.layers == "auto" and tokens is None:
+        raise ValueError("layers='auto' compares outputs on calibration text; call set_expert_pruning with dataset=.")
     if recorded:
         here = under_prefix(recorded, recorded, prunable_experts(model), model.base_model_prefix)
         tables = {path: RatioTable.from_dict(table) for path, table in here.items()}
@@ -131,12 +129,12 @@ def with_thresholds(
     for path, table in tables.items():
         check_top_k(table.slots, path)
     thresholds = {path: [round(level, 6) for level in table.levels(odp)] for path, table in tables.items()}
-    odp = replace(odp, thresholds=thresholds, normalized={path: table.normalized for path, table in tables.items()})
+    normalized = {path: table.normalized for path, table in tables.items()}
+    odp = replace(odp, thresholds=thresholds, normalized=normalized, found_for=odp.decisive)
     if odp.layers != "auto":
         return odp
-    if tokens is None:
-        raise ValueError("layers='auto' compares outputs on calibration text; give dataset=.")
-    return replace(odp, layers=_choose_layers(model, odp, tokens()), max_kl=None)
+    assert tokens is not None
+    return replace(odp, layers=_choose_layers(model, odp, tokens), max_kl=None)
 
 
 def tokens_for(model: Any, config: MCMoEConfig) -> Tensor:
@@ -159,7 +157,7 @@ def expert_pruning_stats(model: Any, reset: bool = False) -> dict[str, Any]:
         reset: start counting again afterwards.
 
     Returns:
-        "prefill" (calls with several tokens a sequence) and "decode", each with `tokens`; `slots` and `bytes`, the
+        "prefill" (calls with several tokens a sequence) and "decode" (with one), each with `tokens`; `slots` and `bytes`, the
         routed (token, expert) pairs and the bytes of their experts; `slots_skipped` and `bytes_skipped`, shares of
         these; `bytes_per_token`, the bytes of experts that a token ran, over all layers; and `layers`, the same per
         experts module. Shares are None where nothing was routed. Padding is not counted.
@@ -193,22 +191,32 @@ def _shares(sums: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def _measure(model: Any, odp: ODPConfig, tokens: Callable[[], Tensor] | None) -> dict[str, RatioTable]:
+def _recorded(model: Any) -> Mapping[str, Any] | None:
+    """What a packed model's report knows of its routing; None if it is not packed or has no report."""
+    if _quantization_config(model) is None:
+        return None
+    try:
+        return compression_report(model).get("routing_ratios")
+    except (OSError, ValueError) as error:
+        logger.warning("Thresholds are not read from the compression's report: %s", error)
+        return None
+
+
+def _measure(model: Any, odp: ODPConfig, tokens: Tensor | None) -> dict[str, RatioTable]:
     """What is known of the routing of every experts module: measured on tokens, or on a few random ones."""
-    if tokens is not None:
-        ids = tokens()
-    elif odp.threshold is not None:
+    if tokens is None:
+        if odp.threshold is None:
+            raise ValueError(
+                "Nothing is known of this model's routing weights, which thresholds are read from; give dataset=, or "
+                "ODPConfig(threshold=...)."
+            )
         # how many slots there are and whether their weights have a fixed sum: a few tokens show it
         vocabulary = model.get_input_embeddings().weight.shape[0]
-        ids = torch.randint(0, vocabulary, (1, 64), generator=torch.Generator().manual_seed(0))
-    else:
-        raise ValueError(
-            "Nothing is known of this model's routing weights, which thresholds are read from; give dataset=, or "
-            "ODPConfig(threshold=...)."
-        )
-    with observe_routing(model) as ratios:
-        for batch in ids.split(max(1, BATCH_TOKENS // ids.shape[1])):
-            _logits(model, batch, keep=1)
+        tokens = torch.randint(0, vocabulary, (1, 64), generator=torch.Generator().manual_seed(0))
+    device = model.get_input_embeddings().weight.device
+    with observe_routing(model) as ratios, torch.no_grad(), _evaluating(model):
+        for batch in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])):
+            model(input_ids=batch.to(device), use_cache=False)
     sizes = expert_bytes(model)
     return {path: own.table(sizes[path]) for path, own in ratios.items()}
 
@@ -247,22 +255,27 @@ def _choose_layers(model: Any, odp: ODPConfig, tokens: Tensor) -> list[int]:
 
 
 @torch.no_grad()
-def _logits(model: Any, tokens: Tensor, keep: int | None = None) -> Tensor:
-    """Logits [N, T, V] float32 of a model in evaluation mode; only those of the last `keep` tokens."""
+def _logits(model: Any, tokens: Tensor) -> Tensor:
+    """Logits [N, T, V] float32 of a model in evaluation mode."""
     with _evaluating(model):
         device = model.get_input_embeddings().weight.device
-        options = {} if keep is None else {"logits_to_keep": keep}
-        return model(input_ids=tokens.to(device), use_cache=False, **options).logits.to("cpu", torch.float32)
+        output = model(input_ids=tokens.to(device), use_cache=False)
+    if getattr(output, "logits", None) is None:
+        raise ValueError(
+            f"layers='auto' compares logits, which {type(model).__name__} has none of; load it with its head."
+        )
+    return output.logits.to("cpu", torch.float32)
 
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def _quantization_config(model: Any) -> MCMoEConfig | None:

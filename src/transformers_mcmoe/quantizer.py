@@ -122,14 +122,23 @@ class MCMoEHfQuantizer(HfQuantizer):
 
     def _prune(self, model: Any) -> None:
         """Start the expert pruning that the config asks for, or that the checkpoint was saved with."""
-        odp, config = self.quantization_config.odp, self.quantization_config
+        config = self.quantization_config
+        odp, compressed = config.odp, self.report is not None
+        config.odp = None
         if not isinstance(odp, ODPConfig):
-            config.odp = None
             return
-        if not odp.calibrated:
-            report = self.report or read_report(model)
-            odp = with_thresholds(model, odp, report, lambda: tokens_for(model, config))
-        config.odp = start_expert_pruning(model, odp)
+        try:
+            if not odp.calibrated:
+                recorded = (self.report or read_report(model)).get("routing_ratios")
+                tokens = tokens_for(model, config) if compressed and odp.layers == "auto" else None
+                odp = with_thresholds(model, odp, recorded, tokens)
+            config.odp = start_expert_pruning(model, odp)
+        except ValueError as error:
+            if not compressed:
+                raise
+            # hours of work are not thrown away
+            logger.warning("The model is compressed, but not pruned: %s", error)
+            self.report["fallbacks"].append(f"Not pruned: {error}")  # type: ignore[index]
 
     @contextmanager
     def saving_to(self, directory: Path) -> Iterator[None]:

@@ -42,6 +42,7 @@ class ODPConfig:
         thresholds: by experts module, what calibration found for its slots 2..K: mu, or for "random" the probability to
             skip, or for token statistics the share of tokens that are reduced.
         normalized: by experts module, whether routing weights always had the same sum.
+        found_for: options that `thresholds` were found for; others have them found again.
 
     Raises:
         ValueError: an option is outside its range, or options contradict each other.
@@ -60,6 +61,7 @@ class ODPConfig:
     seed: int = 0
     thresholds: Mapping[str, Sequence[float]] | None = None
     normalized: Mapping[str, bool] | None = None
+    found_for: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _check(self.method in METHODS, "method", self.method, f"one of {METHODS}")
@@ -105,9 +107,17 @@ class ODPConfig:
         return bool(self.protect or self.drop_all)
 
     @property
+    def decisive(self) -> dict[str, Any]:
+        """The options that thresholds depend on."""
+        return {
+            name: getattr(self, name) for name in ("threshold", "quantile", "rate", "protect", "drop_all", "method")
+        }
+
+    @property
     def calibrated(self) -> bool:
-        """Whether thresholds are known for the layers they are to be used in."""
-        return self.thresholds is not None and self.normalized is not None
+        """Whether thresholds are known: found for these options, or given by hand."""
+        known = self.thresholds is not None and self.normalized is not None and self.layers != "auto"
+        return known and (self.found_for is None or dict(self.found_for) == self.decisive)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

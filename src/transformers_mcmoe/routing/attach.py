@@ -7,7 +7,7 @@ Knows modules and hooks; which slots are skipped is decided elsewhere (`odp`), a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -24,12 +24,15 @@ from transformers_mcmoe.models.experts import (
     stacks_of,
 )
 from transformers_mcmoe.nn import PackedExperts
-from transformers_mcmoe.routing.importance import IMPLEMENTATIONS, RECORDER, Call, TokenImportance
+from transformers_mcmoe.routing.call import Call
+from transformers_mcmoe.routing.importance import IMPLEMENTATIONS, RECORDER, TokenImportance
 from transformers_mcmoe.routing.odp import LayerPruning
 from transformers_mcmoe.routing.ratios import RoutingRatios
 
 # attribute of a pruned model: its `ExpertPruning`
 ATTRIBUTE = "mcmoe_expert_pruning"
+# options that skip nothing
+_COUNT = ODPConfig(threshold=0, protect=0, renormalize=False)
 # names that model configs have for K
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
 
@@ -49,7 +52,7 @@ def prunable_experts(model: nn.Module) -> dict[str, FusedExperts]:
                 f"The experts of class {type(experts.module).__name__} at '{path}' are not handed their routing weights; "
                 "expert pruning is not available for this model."
             )
-    return found  # type: ignore[return-value]
+    return dict(sorted(found.items(), key=lambda item: layer_of(item[0])))  # type: ignore[arg-type]
 
 
 def check_top_k(slots: int, path: str) -> None:
@@ -83,47 +86,44 @@ class ExpertPruning:
         self._handles: list[Any] = []
         self._attentions: list[tuple[Any, str]] = []
         found = prunable_experts(model)
-        thresholds, normalized = odp.thresholds or {}, odp.normalized or {}
-        chosen = chosen_layers(found, odp)
-        lacking = [path for path in chosen if path not in thresholds or path not in normalized]
-        if lacking:
-            raise ValueError(f"The pruning thresholds do not fit the model: '{lacking[0]}' has none; calibrate again.")
-        calls = {stack: self._follow_calls(stack) for stack in stacks_of(chosen)}
+        chosen = _with_thresholds(chosen_layers(found, odp), odp)
         if odp.needs_attention:
             _check_attention(model, chosen)
+        calls = {stack: self._follow_calls(stack) for stack in stacks_of(found)}
         importance = self._rank_tokens(chosen, calls) if odp.needs_attention else {}
-        for path in chosen:
-            renormalize = normalized[path] if odp.renormalize is None else odp.renormalize
+        for path, experts in found.items():
             call = calls[layer_of(path)[0]]
-            self._attach(path, found[path], list(thresholds[path]), renormalize, call, importance.get(_layer(path)))
+            if path in chosen:
+                self._attach(path, experts, odp, call, importance.get(_layer(path)))
+            else:  # nothing is skipped, but counted
+                self._attach(path, experts, _COUNT, call, None)
         setattr(model, ATTRIBUTE, self)
 
     def _attach(
-        self,
-        path: str,
-        experts: FusedExperts,
-        levels: Sequence[float],
-        renormalize: bool,
-        call: Call,
-        importance: TokenImportance | None,
+        self, path: str, experts: FusedExperts, odp: ODPConfig, call: Call, importance: TokenImportance | None
     ) -> None:
         module = self._model.get_submodule(path)
         packed = isinstance(module, PackedExperts)
         skip = experts.num_experts + experts.identity_experts if packed else None
-        sizes = _bytes(module, experts)
-        pruning = LayerPruning(self.odp, path, levels, renormalize, call, importance, sizes, skip)
+        levels = (odp.thresholds or {}).get(path, [0.0])
+        renormalize = odp.renormalize if odp.renormalize is not None else (odp.normalized or {})[path]
+        pruning = LayerPruning(odp, path, levels, renormalize, call, importance, _bytes(module, experts), skip)
         self.layers[path] = pruning
         if isinstance(module, PackedExperts):
             module.pruning = pruning
         else:
-            self._handles.append(module.register_forward_pre_hook(_rerouted(experts, pruning), with_kwargs=True))
+            self._handles.append(module.register_forward_pre_hook(_Rerouted(experts, pruning), with_kwargs=True))
 
     def _follow_calls(self, stack: str) -> Call:
         """What is known of the calls of a stack of decoder layers."""
-        call, owner = Call(), self._model.get_submodule(stack.rpartition(".")[0])
+        odp = self.odp
+        ranks = odp.needs_attention or odp.method in ("mean", "variance", "kurtosis")
+        layers = enumerate(self._model.get_submodule(stack))
+        attends = next((i for i, layer in layers if any(is_attention(module) for module in layer.modules())), 0)
+        call = Call(ranks, repeatable=not ranks and odp.method != "random", layer=attends)
+        owner = self._model.get_submodule(stack.rpartition(".")[0])
         self._handles.append(owner.register_forward_pre_hook(call.begin, with_kwargs=True))
-        if self.odp.needs_attention or self.odp.method in ("mean", "variance", "kurtosis"):
-            self._handles.append(owner.register_forward_pre_hook(call.remember, with_kwargs=True))
+        if ranks:
             self._handles.append(owner.register_forward_hook(call.keep))
         return call
 
@@ -132,10 +132,11 @@ class ExpertPruning:
         found: dict[str, TokenImportance] = {}
         sources: dict[int, tuple[nn.Module, Call]] = {}
         for layer, call in {_layer(path): calls[layer_of(path)[0]] for path in chosen}.items():
-            found[layer] = importance = TokenImportance(call, layer, self.odp.causal)
+            before = _attention_before(self._model, layer)
+            found[layer] = importance = TokenImportance(call, layer, self.odp.causal, bool(before))
             hook = self._model.get_submodule(layer).register_forward_pre_hook(importance.enter, with_kwargs=True)
             self._handles.append(hook)
-            sources |= {id(module): (module, call) for module in _attention_before(self._model, layer)}
+            sources |= {id(module): (module, call) for module in before}
         self._switch_attention([module for module, _ in sources.values()])
         for module, call in sources.values():
             setattr(module, RECORDER, call)
@@ -145,13 +146,7 @@ class ExpertPruning:
         """Let attention run under the function that also records."""
         configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
         for config in configs.values():
-            current = config._attn_implementation or "eager"
-            if current not in IMPLEMENTATIONS:
-                self.detach()
-                raise ValueError(
-                    f"attn_implementation={current!r} does not give the attention that tokens receive; load the model "
-                    f"with one of {tuple(IMPLEMENTATIONS)}, or set protect=0."
-                )
+            current = _base_implementation(config)
             config._attn_implementation = IMPLEMENTATIONS[current]
             self._attentions.append((config, current))
 
@@ -189,6 +184,19 @@ def chosen_layers(found: Mapping[str, FusedExperts], odp: ODPConfig) -> list[str
     if unknown:
         raise ValueError(f"layers={list(odp.layers)} is not valid: layer {unknown[0]} has no experts.")
     return [path for path in found if layer_of(path)[1] in odp.layers]
+
+
+def _with_thresholds(paths: Sequence[str], odp: ODPConfig) -> list[str]:
+    """Those of the paths that thresholds were found for; experts that were not compressed have none.
+
+    Raises:
+        ValueError: a layer that the options name has none, or no layer has.
+    """
+    known = set(odp.thresholds or ()) & set(odp.normalized or ())
+    lacking = [path for path in paths if path not in known]
+    if lacking and (not isinstance(odp.layers, str) or len(lacking) == len(paths)):
+        raise ValueError(f"The pruning thresholds do not fit the model: '{lacking[0]}' has none; calibrate again.")
+    return [path for path in paths if path in known]
 
 
 def _layer(path: str) -> str:
@@ -233,14 +241,34 @@ def check_prunable(model: Any, odp: ODPConfig) -> None:
     for name in TOP_K:
         if isinstance(slots := getattr(config, name, None), int):
             check_top_k(slots, next(iter(found)))
+            most = (1 - odp.protect) * (slots - 1) / slots  # type: ignore[operator]
+            if odp.rate is not None and odp.rate > most + odp.drop_all:
+                raise ValueError(
+                    f"rate={odp.rate} cannot be met: with {slots} experts per token and protect={odp.protect} about "
+                    f"{most:.2f} of the routed bytes can be skipped; lower it."
+                )
     if odp.needs_attention:
         _check_attention(model, found)
 
 
 def _check_attention(model: Any, paths: Iterable[str]) -> None:
-    modules = (module for stack in stacks_of(paths) for module in model.get_submodule(stack).modules())
-    if not any(is_attention(module) for module in modules):
+    """Raise ValueError where tokens cannot be ranked by attention."""
+    modules = [module for stack in stacks_of(paths) for module in model.get_submodule(stack).modules()]
+    attentions = [module for module in modules if is_attention(module)]
+    if not attentions:
         raise ValueError(f"{type(model).__name__} has no attention to rank tokens by; set protect=0 and drop_all=0.")
+    for module in attentions:
+        if hasattr(module, "config") and (current := _base_implementation(module.config)) not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"attn_implementation={current!r} does not give the attention that tokens receive; load the model "
+                f"with one of {tuple(IMPLEMENTATIONS)}, or set protect=0."
+            )
+
+
+def _base_implementation(config: Any) -> str:
+    """What a model computes attention with, without what is put around it here."""
+    current = config._attn_implementation or "eager"
+    return next((name for name, ours in IMPLEMENTATIONS.items() if ours == current), current)
 
 
 def _attention_before(model: Any, layer: str) -> list[nn.Module]:
@@ -272,12 +300,13 @@ def _routing(experts: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     return signature.bind(experts.module, *args, **kwargs).args[1:]
 
 
-def _rerouted(experts: FusedExperts, pruning: LayerPruning) -> Callable[..., Any]:
+class _Rerouted:
     """Pre-hook of dense experts: skipped slots get the weight 0."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden_states, *routing = _routing(experts, args, kwargs)
-        x, index, weights = experts.route(hidden_states, *routing)
-        return (hidden_states, *pruning(x, index, weights)), {}
+    def __init__(self, experts: FusedExperts, pruning: LayerPruning) -> None:
+        self._experts, self._pruning = experts, pruning
 
-    return hook
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden_states, *routing = _routing(self._experts, args, kwargs)
+        x, index, weights = self._experts.route(hidden_states, *routing)
+        return (hidden_states, *self._pruning(x, index, weights)), {}

@@ -6,17 +6,16 @@ Knows routing tensors and what ranks tokens, not modules.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from transformers_mcmoe.config import ODPConfig
-from transformers_mcmoe.routing.importance import Call, TokenImportance
+from transformers_mcmoe.routing.call import Call
+from transformers_mcmoe.routing.importance import TokenImportance
 from transformers_mcmoe.routing.ratios import sort_slots
-
-# tokens whose slots wait to be counted
-WAITING = 1 << 14
 
 
 class LayerPruning:
@@ -47,7 +46,7 @@ class LayerPruning:
         self.odp, self.name, self.levels, self.renormalize = odp, name, list(levels), renormalize
         self.counts = Counts(expert_bytes)
         self._call, self._importance, self._skip = call, importance, skip
-        self._random = torch.Generator().manual_seed(odp.seed)
+        self._random = torch.Generator().manual_seed(odp.seed + zlib.crc32(name.encode()))
 
     @torch.no_grad()
     def skipped(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -59,10 +58,10 @@ class LayerPruning:
             weights: [T, K] routing weights, in any order.
         """
         chosen = self._below(index, weights) if self.odp.method == "odp" else self._compared(x, index, weights)
-        if self.odp.protect:
-            chosen &= ~self._tokens(self.odp.protect, index)[:, None]
         if self.odp.drop_all:
             chosen |= self._tokens(self.odp.drop_all, index, least=True)[:, None]
+        if self.odp.protect:
+            chosen &= ~self._tokens(self.odp.protect, index)[:, None]
         return chosen & (index < self.counts.num_experts)
 
     def _below(self, index: Tensor, weights: Tensor) -> Tensor:
@@ -113,7 +112,7 @@ class LayerPruning:
 
 
 class Counts:
-    """Routed slots and expert bytes, and how many of them were skipped; prompts and single tokens apart.
+    """Routed slots by expert, and how many of them were skipped; prompts and single tokens apart.
 
     Args:
         expert_bytes: [E].
@@ -129,38 +128,35 @@ class Counts:
 
     def reset(self) -> None:
         """Forget what was counted."""
-        # prefill and decode: tokens, slots, slots skipped, bytes, bytes skipped
-        self._sums = torch.zeros(2, 5, dtype=torch.float64)
-        self._waiting: list[tuple[Tensor, Tensor, Tensor | None, int]] = []
-        self._rows = 0
+        # prefill and decode: slots of each expert, ids that are none, the same of skipped slots, tokens
+        self._counts = torch.zeros(2, 2 * (self.num_experts + 1) + 1, dtype=torch.int64)
 
     def add(self, index: Tensor, skipped: Tensor, call: Call) -> None:
         """Count a call's slots [T, K]; padding does not count."""
-        known = call.valid is not None and call.valid.numel() == len(index)
-        decode = call.shape is not None and call.shape[1] == 1
-        # summing up takes longer than a small layer: it is done for many calls at a time
-        self._waiting.append((index, skipped, call.valid if known else None, int(decode)))
-        self._rows += len(index)
-        if self._rows > WAITING:
-            self._sum_up()
-
-    def _sum_up(self) -> None:
-        for index, skipped, valid, phase in self._waiting:
-            real = index < self.num_experts
-            tokens = torch.ones_like(index[:, 0], dtype=torch.bool) if valid is None else valid.reshape(-1)
-            real = real & tokens[:, None]
-            self._bytes = self._bytes.to(index.device)
-            sizes = self._bytes[index.clamp(max=self.num_experts - 1)] * real
-            gone = real & skipped
-            parts = (tokens.sum(), real.sum(), gone.sum(), sizes.sum(), (sizes * gone).sum())
-            self._sums[phase] += torch.stack([part.to(torch.float64) for part in parts]).cpu()
-        self._waiting, self._rows = [], 0
+        if self._counts.device != index.device:
+            self._counts = self._counts.to(index.device)
+        counts = self._counts[int(call.shape is not None and call.shape[1] == 1)]
+        place = index.clamp(max=self.num_experts) + skipped * (self.num_experts + 1)
+        if call.valid is not None and call.valid.numel() == len(index):
+            tokens = call.valid.reshape(-1, 1).to(index.device, torch.int64)
+            counts[-1] += tokens.sum()
+        else:
+            tokens = torch.ones_like(index[:, :1])
+            counts[-1] += len(index)
+        counts.scatter_add_(0, place.flatten(), tokens.expand_as(place).flatten())
 
     def read(self, phase: int) -> dict[str, float]:
         """Sums of a phase: 0 for prefill, 1 for decode."""
-        self._sum_up()
-        names = ("tokens", "slots", "slots_skipped", "bytes", "bytes_skipped")
-        return dict(zip(names, self._sums[phase].tolist(), strict=True))
+        *slots, tokens = self._counts[phase].to("cpu", torch.float64)
+        kept, gone = torch.stack(slots).view(2, -1)[:, :-1]
+        routed = kept + gone
+        return {
+            "tokens": float(tokens),
+            "slots": float(routed.sum()),
+            "slots_skipped": float(gone.sum()),
+            "bytes": float(routed @ self._bytes),
+            "bytes_skipped": float(gone @ self._bytes),
+        }
 
 
 def token_statistic(method: str, x: Tensor) -> Tensor:

@@ -116,13 +116,14 @@ class RatioTable:
             return [float(odp.threshold)] * len(self.ranks)
         if odp.rate is None:
             return [_read(rank, 0.5 if odp.quantile is None else odp.quantile) for rank in self.ranks]
-        open_to_it = (1 - odp.protect) * self.droppable  # type: ignore[operator]
-        if odp.rate > open_to_it:
+        # some tokens skip nothing and some everything; the others make up the rest of the rate
+        most = (1 - odp.protect - odp.drop_all) * self.droppable  # type: ignore[operator]
+        if not odp.drop_all <= odp.rate <= most + odp.drop_all:
             raise ValueError(
-                f"rate={odp.rate} cannot be met: with protect={odp.protect} only {open_to_it:.3f} of the routed expert "
-                "bytes lie in slots that may be skipped; lower it."
+                f"rate={odp.rate} cannot be met: with protect={odp.protect} and drop_all={odp.drop_all} the share of the "
+                f"routed expert bytes that is skipped lies in [{odp.drop_all:.3f}, {most + odp.drop_all:.3f}]; change it."
             )
-        share = odp.rate / open_to_it if open_to_it else 0.0
+        share = (odp.rate - odp.drop_all) / most if most else 0.0
         return [_read(self.by_bytes, share)] * len(self.ranks) if odp.method == "odp" else [share] * len(self.ranks)
 
     def to_dict(self) -> dict[str, Any]:
