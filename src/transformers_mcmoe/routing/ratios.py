@@ -16,8 +16,8 @@ from torch import Tensor
 
 from transformers_mcmoe.config import ODPConfig
 
-# bins of w_j / w_1 over [0, 1]
-BINS = 4096
+# bins of w_j / w_1 over [0, 1]; fewer by expert, as there may be hundreds of them in each layer
+BINS, EXPERT_BINS = 4096, 512
 # quantiles that are kept, evenly spaced from 0 to 1
 KEPT = 33
 # sums of a token's routing weights that differ by less are the same: routers compute in bf16
@@ -37,7 +37,7 @@ class RoutingRatios:
     def __init__(self, num_experts: int) -> None:
         self.slots = 0
         self._ranks = torch.zeros(0, BINS, dtype=torch.int64)  # [K - 1, BINS]
-        self._experts = torch.zeros(num_experts, BINS, dtype=torch.int64)  # slots 2..K, by expert
+        self._experts = torch.zeros(num_experts, EXPERT_BINS, dtype=torch.int32)  # slots 2..K, by expert
         self._first = torch.zeros(num_experts, dtype=torch.int64)  # slots 1, by expert
         self._least, self._most = float("inf"), 0.0  # sum of a token's weights
 
@@ -58,8 +58,8 @@ class RoutingRatios:
         for rank in range(1, self.slots):
             self._ranks[rank - 1] += torch.bincount(bins[:, rank][known[:, rank]], minlength=BINS)
         others = known[:, 1:]
-        flat = index[:, 1:][others] * BINS + bins[:, 1:][others]
-        self._experts += torch.bincount(flat, minlength=num_experts * BINS).view(num_experts, BINS)
+        flat = index[:, 1:][others] * EXPERT_BINS + bins[:, 1:][others] // (BINS // EXPERT_BINS)
+        self._experts += torch.bincount(flat, minlength=self._experts.numel()).view_as(self._experts)
 
     def __add__(self, other: RoutingRatios) -> RoutingRatios:
         total = RoutingRatios(len(self._first))
@@ -152,18 +152,19 @@ def sort_slots(index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def _quantiles(counts: Tensor) -> tuple[float, ...]:
-    """KEPT quantiles of values in [0, 1], given how many lie in each of BINS bins [BINS] float64."""
+    """KEPT quantiles of values in [0, 1], given how many lie in each of evenly spaced bins [..] float64."""
+    bins = len(counts)
     total = float(counts.sum())
     if not total:
         return (0.0,) * KEPT
     below = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     wanted = torch.linspace(0, 1, KEPT, dtype=torch.float64) * total
-    upper = torch.searchsorted(below, wanted).clamp(1, BINS)
+    upper = torch.searchsorted(below, wanted).clamp(1, bins)
     lower = upper - 1
     inside = (wanted - below[lower]) / (below[upper] - below[lower]).clamp(min=1e-30)
     # the least value lies at the lower end of the first bin that holds any
-    values = (lower + inside) / BINS
-    values[0] = float(counts.nonzero()[0]) / BINS
+    values = (lower + inside) / bins
+    values[0] = float(counts.nonzero()[0]) / bins
     return tuple(values.tolist())
 
 
