@@ -9,6 +9,7 @@ torch's bf16 linear layer and to a plain read of the packed bytes. Rows go to re
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import importlib.util
 import json
@@ -108,10 +109,11 @@ def hqq(columns: int, rows: int, bits: int) -> tuple[Callable[[], Callable], int
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     config = BaseQuantizeConfig(nbits=bits, group_size=64, axis=1)
+    linear = torch.nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16)
+    first = HQQLinear(linear, quant_config=config, compute_dtype=torch.bfloat16, device="cpu")
 
     def make() -> Callable[[torch.Tensor], object]:
-        linear = torch.nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16)
-        layer = HQQLinear(linear, quant_config=config, compute_dtype=torch.bfloat16, device="cpu")
+        layer = copy.deepcopy(first)
         return lambda x: layer(x)
 
     return make, rows * columns * bits // 8 + rows * columns // 64 * 4
