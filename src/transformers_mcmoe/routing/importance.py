@@ -72,8 +72,9 @@ def attention_received(
     for start in range(0, queries, step):
         rows = slice(start, start + step)
         last = first + min(start + step, queries) if mask is None and causal else keys
-        logits = (query[:, :, :, rows] @ key[:, :, None, :last].transpose(-1, -2)).to(torch.float32)
-        logits = logits.view(batch, heads, -1, last)
+        # heads that share keys are rows of one product: keys are not copied for each of them
+        block = query[:, :, :, rows].flatten(2, 3)
+        logits = (block @ key[:, :, :last].transpose(-1, -2)).to(torch.float32).view(batch, heads, -1, last)
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
         if bias is not None:
