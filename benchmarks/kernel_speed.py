@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -171,8 +172,10 @@ def _measure(
     for candidate in candidates.values():
         candidate.seconds.clear()
     started, rounds = time.monotonic(), 0
+    order, chance = list(candidates.values()), random.Random(0)
     while rounds < 5 or (time.monotonic() - started < options.seconds * len(candidates) and rounds < 2000):
-        for candidate in candidates.values():
+        chance.shuffle(order)  # what runs behind llama.cpp pays for it: not always the same one
+        for candidate in order:
             candidate(x)
         rounds += 1
     base = candidates["torch bf16"].seconds
