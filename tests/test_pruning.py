@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import compressed, quick_config, relative_rms, save_dense, tokens
-from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModel, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from transformers_mcmoe import (
     MCMoEConfig,
@@ -218,8 +218,12 @@ class TestDenseModels:
         assert model.model.layers[0].mlp.gate.weight.grad.abs().sum() > 0
 
 
-@torch.no_grad()
 class TestGeneration:
+    @pytest.fixture(autouse=True)
+    def without_gradients(self):
+        with torch.no_grad():
+            yield
+
     OPTIONS = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}  # noqa: RUF012
 
     @pytest.mark.parametrize("odp", [ODPConfig(protect=0), ODPConfig(protect=0.05, causal=True)])
@@ -237,7 +241,13 @@ class TestGeneration:
         set_expert_pruning(model, ODPConfig(protect=0))
         expected = model.generate(IDS, **self.OPTIONS)[:, IDS.shape[1] :]
         options = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        answers = model.generate_batch([row.tolist() for row in IDS], generation_config=options, progress_bar=False)
+        answers = model.generate_batch(
+            [row.tolist() for row in IDS],
+            generation_config=options,
+            # the cache takes most of the machine's memory unless told otherwise
+            continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64),
+            progress_bar=False,
+        )
         assert sorted(answer.generated_tokens for answer in answers.values()) == sorted(expected.tolist())
 
     def test_stats_tell_prompt_and_decoding_apart(self, packed):

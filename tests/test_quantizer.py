@@ -11,7 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import compressed, load_class, quick_config, relative_rms, save_dense, tokens
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from transformers_mcmoe import MCMoEConfig, PackedExperts, PackedLinear, Plan, compression_report
 from transformers_mcmoe.plan import ExpertWidths
@@ -148,6 +155,8 @@ def test_ways_to_generate_agree(packed):
     together = model.generate_batch(
         [row.tolist() for row in ids],
         generation_config=GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0),
+        # the cache takes most of the machine's memory unless told otherwise
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64),
         progress_bar=False,
     )
     assert sorted(answer.generated_tokens for answer in together.values()) == sorted(expected[:, 24:].tolist())
