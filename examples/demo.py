@@ -79,6 +79,7 @@ def main() -> None:
 
 def _row(table: Table, name: str, score: Evaluation, average: str, per_weight: str, size: int, seconds: float) -> None:
     kl = f"{score.kl:.4f}"
+    console.print(f"{name}: perplexity {score.perplexity:.2f}, {seconds:.0f} s")
     table.add_row(name, f"{score.perplexity:.2f}", kl, average, per_weight, f"{size:,}", f"{seconds:.1f}")
 
 

@@ -174,7 +174,7 @@ class TestFiles:
     @pytest.mark.parametrize("kind", [str, Path])
     @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
     def test_missing_file(self, tmp_path: Path, kind: type, suffix: str):
-        with pytest.raises(ValueError, match=rf"missing{suffix}' is no file; give the path of one of"):
+        with pytest.raises(ValueError, match=rf"missing{suffix}' is no file; give a Hub id, or dataset= a local"):
             _tokens(kind(tmp_path / f"missing{suffix}"))
 
     def test_folder(self, tmp_path: Path):

@@ -137,7 +137,7 @@ def _texts(dataset: Any, seed: int) -> Iterable[str]:
 
 def _file_texts(path: Path) -> list[str]:
     if not path.is_file():
-        raise ValueError(f"The calibration dataset '{path}' is no file; give the path of one of {LOCAL_FORMATS}.")
+        raise ValueError(f"The calibration dataset '{path}' is no file; give a Hub id, or {_ALTERNATIVES}.")
     if path.suffix == ".txt":
         return [path.read_text(encoding="utf-8")]
     if path.suffix in (".jsonl", ".json"):
