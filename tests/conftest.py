@@ -22,3 +22,12 @@ def _quiet_and_seeded():
     torch.set_num_threads(1)  # models are tiny: a second thread only waits
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+# they take minutes: begun last, one of them would run alone at the end
+SLOWEST = ("test_triton.py", "test_end_to_end.py", "test_kernels.py")
+
+
+def pytest_collection_modifyitems(items):
+    names = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: names.get(item.path.name, len(names)))
