@@ -82,8 +82,8 @@ def sweep() -> dict[str, ODPConfig]:
 
 def causal_too(odp: ODPConfig) -> list[ODPConfig]:
     """The options, and where tokens are ranked also the causal way."""
-    ranked = odp.needs_attention or odp.method in ("mean", "variance", "kurtosis")
-    return [odp, ODPConfig(**(odp.to_dict() | {"causal": True}))] if ranked else [odp]
+    data = odp.to_dict()
+    return [odp, ODPConfig(**(data | {"causal": True}))] if _ranks(data) else [odp]
 
 
 def equalized(model: Any, test: torch.Tensor, odp: ODPConfig, context: int) -> ODPConfig:
@@ -307,12 +307,21 @@ def _table(table: str, rows: list[dict[str, Any]]) -> list[str]:
         own = {row["causal"]: row for row in rows if (row["row"], row["protocol"]["context"]) == (name, context)}
         cells = []
         for causal in (False, True):
-            row = own.get(causal, own[False])  # what does not rank tokens is the same
+            row = own.get(causal)
+            if row is None and _ranks(own[False].get("odp")):
+                cells.append("not measured")
+                continue
+            row = row or own[False]  # what does not rank tokens is the same
             cells.append(f"{row['perplexity']:.2f} / {row['kl']:.3f} ± {row['kl_se']:.3f}")
         skipped = f"{100 * own[False]['skipped']['bytes_skipped']:.1f} %" if "skipped" in own[False] else ""
         label = f"{name}, {context} tokens" if table == "lengths" else name
         lines.append(f"| {label} | {skipped} | {cells[0]} | {cells[1]} |")
     return [*lines, ""]
+
+
+def _ranks(odp: dict[str, Any] | None) -> bool:
+    """Whether tokens are compared with each other."""
+    return odp is not None and bool(odp["protect"] or odp["drop_all"] or odp["method"] not in ("odp", "random"))
 
 
 def _speed(rows: list[dict[str, Any]]) -> list[str]:

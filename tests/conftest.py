@@ -9,11 +9,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; test_hub 
 import pytest
 import torch
 import transformers
+from tiny import save_dense
 
 import transformers_mcmoe  # noqa: F401
 
 # what the libraries hold is not searched for garbage after every layer: a third of a tiny compression's time
 gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A tiny dense Mixtral's folder."""
+    return save_dense("mixtral", tmp_path_factory.mktemp("mixtral") / "dense")
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import compressed, quick_config, relative_rms, save_dense, tokens
-from transformers import AutoModel, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+from tiny import compressed, load, quick_config, relative_rms, save_dense, tokens
+from transformers import AutoModel, ContinuousBatchingConfig, GenerationConfig
 
 from transformers_mcmoe import (
     MCMoEConfig,
@@ -23,15 +23,6 @@ from transformers_mcmoe import (
 from transformers_mcmoe.routing import attached
 
 IDS = tokens(2, 24, seed=1)
-
-
-def _load(folder, **kwargs):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **kwargs)
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    return save_dense("mixtral", tmp_path_factory.mktemp("mixtral") / "dense")
 
 
 @pytest.fixture(scope="module")
@@ -54,24 +45,24 @@ class TestPackedCheckpoints:
         model.save_pretrained(tmp_path)
         saved = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["odp"]
         assert set(saved["thresholds"]) == set(compression_report(model)["routing_ratios"])
-        again = _load(tmp_path)
+        again = load(tmp_path)
         assert torch.equal(again(IDS).logits, model(IDS).logits)
         assert again.config.quantization_config.odp == model.config.quantization_config.odp
 
     @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
     def test_other_options_on_load(self, packed, unpruned):
-        plain = _load(unpruned)(IDS).logits
-        model = _load(packed, quantization_config=MCMoEConfig(odp=False))
+        plain = load(unpruned)(IDS).logits
+        model = load(packed, quantization_config=MCMoEConfig(odp=False))
         assert attached(model) is None
         assert torch.equal(model(IDS).logits, plain)
-        model = _load(packed, quantization_config=MCMoEConfig(odp=ODPConfig(quantile=0.2)))
+        model = load(packed, quantization_config=MCMoEConfig(odp=ODPConfig(quantile=0.2)))
         assert attached(model).odp.quantile == 0.2
         assert attached(model).odp.calibrated
-        assert attached(_load(packed, quantization_config=MCMoEConfig())).odp == attached(_load(packed)).odp
-        assert attached(_load(unpruned, quantization_config=MCMoEConfig(odp=True))).odp == attached(_load(packed)).odp
+        assert attached(load(packed, quantization_config=MCMoEConfig())).odp == attached(load(packed)).odp
+        assert attached(load(unpruned, quantization_config=MCMoEConfig(odp=True))).odp == attached(load(packed)).odp
 
     def test_switched_without_compressing_again(self, packed, unpruned, tmp_path):
-        model, plain = _load(unpruned), _load(packed)
+        model, plain = load(unpruned), load(packed)
         full = model(IDS).logits
         set_expert_pruning(model)
         pruned = model(IDS).logits
@@ -79,15 +70,15 @@ class TestPackedCheckpoints:
         set_expert_pruning(model, ODPConfig(rate=0.1))
         assert not torch.equal(model(IDS).logits, pruned)
         model.save_pretrained(tmp_path)
-        assert torch.equal(_load(tmp_path)(IDS).logits, model(IDS).logits)
+        assert torch.equal(load(tmp_path)(IDS).logits, model(IDS).logits)
         assert set_expert_pruning(model, False) is None
         assert torch.equal(model(IDS).logits, full)
         model.save_pretrained(tmp_path / "off")
-        assert attached(_load(tmp_path / "off")) is None
+        assert attached(load(tmp_path / "off")) is None
 
     @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
     def test_base_model_and_model_with_head(self, packed, tmp_path):
-        plain = _load(packed)
+        plain = load(packed)
         base = AutoModel.from_pretrained(packed, dtype=torch.float32)
         assert torch.equal(base(IDS).last_hidden_state, plain.model(IDS).last_hidden_state)
         other = AutoModel.from_pretrained(
@@ -101,7 +92,7 @@ class TestPackedCheckpoints:
         assert attached(again).odp == attached(other).odp
 
     def test_cache_that_is_cut_back(self, packed):
-        model = _load(packed)
+        model = load(packed)
         set_expert_pruning(model, ODPConfig(threshold=1, protect=0.1, causal=True))
         output = model(IDS, use_cache=True)
         cache, step = output.past_key_values, IDS[:, :1]
@@ -110,13 +101,13 @@ class TestPackedCheckpoints:
         assert torch.equal(model(step, past_key_values=cache, use_cache=True).logits, first)
 
     def test_thresholds_from_other_text(self, packed):
-        model = _load(packed)
+        model = load(packed)
         before = attached(model).odp.thresholds
         set_expert_pruning(model, ODPConfig(), dataset=tokens(4, 32, seed=9))
         assert attached(model).odp.thresholds != before
 
     def test_layers(self, packed):
-        model = _load(packed)
+        model = load(packed)
         set_expert_pruning(model, ODPConfig(layers=[1]))
         model(IDS)
         stats = expert_pruning_stats(model)["prefill"]
@@ -128,7 +119,7 @@ class TestPackedCheckpoints:
         assert attached(model).odp.layers == (1,)
 
     def test_layers_within_a_kl_budget(self, packed):
-        model, text = _load(packed), tokens(2, 32, seed=4)
+        model, text = load(packed), tokens(2, 32, seed=4)
         set_expert_pruning(model, dataset=text)
         with torch.no_grad():
             pruned = model(text).logits.log_softmax(-1)
@@ -151,7 +142,7 @@ class TestPackedCheckpoints:
         assert attached(model).odp.layers == (0, 1)
 
     def test_options_are_followed_although_thresholds_are_known(self, packed):
-        model = _load(packed)
+        model = load(packed)
         found = attached(model).odp
         other = set_expert_pruning(model, replace(found, quantile=0.1))
         assert other.thresholds == set_expert_pruning(model, ODPConfig(quantile=0.1)).thresholds != found.thresholds
@@ -168,15 +159,18 @@ class TestPackedCheckpoints:
     def test_without_its_report(self, packed, tmp_path, caplog):
         shutil.copytree(packed, tmp_path / "copy")
         (tmp_path / "copy" / "mcmoe_report.json").unlink()
-        model = _load(tmp_path / "copy")
-        assert torch.equal(model(IDS).logits, _load(packed)(IDS).logits)
+        model = load(tmp_path / "copy")
+        assert torch.equal(model(IDS).logits, load(packed)(IDS).logits)
         assert set_expert_pruning(model, ODPConfig(threshold=0.5)) is not None
+        given = MCMoEConfig(odp=ODPConfig(threshold=0.5))
+        again = load(tmp_path / "copy", quantization_config=given)
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
         with pytest.raises(ValueError, match="give dataset="):
             set_expert_pruning(model, ODPConfig(rate=0.1))
 
     @pytest.mark.parametrize("which", ["packed", "dense"])
     def test_copies_and_pickles(self, which, request):
-        model = _load(request.getfixturevalue(which))
+        model = load(request.getfixturevalue(which))
         set_expert_pruning(model, ODPConfig(threshold=0.9))
         logits = model(IDS).logits
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -189,13 +183,13 @@ class TestPackedCheckpoints:
             )
 
     def test_bytes_in_the_report(self, packed):
-        ratios = compression_report(_load(packed))["routing_ratios"]
+        ratios = compression_report(load(packed))["routing_ratios"]
         assert all(0 < table["droppable"] < 0.6 and table["normalized"] for table in ratios.values())
 
 
 class TestDenseModels:
     def test_alone(self, dense):
-        model = _load(dense)
+        model = load(dense)
         with pytest.raises(ValueError, match="give dataset="):
             set_expert_pruning(model)
         full = model(IDS).logits
@@ -212,7 +206,7 @@ class TestDenseModels:
         assert set_expert_pruning(model, odp) == odp
 
     def test_gradients_reach_the_router(self, dense):
-        model = _load(dense)
+        model = load(dense)
         set_expert_pruning(model, ODPConfig(threshold=0.9))
         model(IDS, labels=IDS).loss.backward()
         assert model.model.layers[0].mlp.gate.weight.grad.abs().sum() > 0
@@ -228,7 +222,7 @@ class TestGeneration:
 
     @pytest.mark.parametrize("odp", [ODPConfig(protect=0), ODPConfig(protect=0.05, causal=True)])
     def test_static_cache_and_chunks_agree(self, packed, odp):
-        model = _load(packed)
+        model = load(packed)
         set_expert_pruning(model, odp)
         expected = model.generate(IDS, **self.OPTIONS)
         assert torch.equal(
@@ -237,7 +231,7 @@ class TestGeneration:
         assert torch.equal(model.generate(IDS, prefill_chunk_size=7, **self.OPTIONS), expected)
 
     def test_continuous_batching_agrees(self, packed):
-        model = _load(packed)
+        model = load(packed)
         set_expert_pruning(model, ODPConfig(protect=0))
         expected = model.generate(IDS, **self.OPTIONS)[:, IDS.shape[1] :]
         options = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
@@ -251,7 +245,7 @@ class TestGeneration:
         assert sorted(answer.generated_tokens for answer in answers.values()) == sorted(expected.tolist())
 
     def test_stats_tell_prompt_and_decoding_apart(self, packed):
-        model = _load(packed)
+        model = load(packed)
         model.generate(IDS, **self.OPTIONS)
         stats = expert_pruning_stats(model, reset=True)
         assert stats["prefill"]["tokens"] == IDS.numel()
@@ -266,7 +260,7 @@ class TestGeneration:
         assert expert_pruning_stats(model)["prefill"]["slots"] == 0
 
     def test_padding_with_static_caches(self, packed):
-        model = _load(packed)
+        model = load(packed)
         mask = torch.ones_like(IDS)
         mask[1, :10] = 0
         set_expert_pruning(model, ODPConfig(threshold=1, protect=0.1, causal=True))
@@ -280,7 +274,7 @@ class TestGeneration:
 
     def test_cache_that_is_copied(self, packed):
         """A prompt's cache, used again: what is known of its tokens is copied with it."""
-        model = _load(packed)
+        model = load(packed)
         set_expert_pruning(model, ODPConfig(threshold=1, protect=0.1, causal=True))
         whole = model(IDS).logits[:, -4:]
         cache = model(IDS[:, :-4], use_cache=True).past_key_values
@@ -289,14 +283,14 @@ class TestGeneration:
             assert relative_rms(part, whole) <= 1e-5
 
     def test_padding_is_not_counted(self, packed):
-        model = _load(packed)
+        model = load(packed)
         mask = torch.ones_like(IDS)
         mask[1, :10] = 0
         model(IDS, attention_mask=mask)
         assert expert_pruning_stats(model)["prefill"]["tokens"] == IDS.numel() - 10
 
     def test_compiled_as_one_graph(self, packed):
-        model = _load(packed)
+        model = load(packed)
         set_expert_pruning(model, ODPConfig(protect=0))
         logits = model(IDS).logits
         compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -306,8 +300,8 @@ class TestGeneration:
         assert expert_pruning_stats(model)["prefill"]["tokens"] == 12 * IDS.numel()
 
     def test_skipped_experts_are_not_run(self, packed, monkeypatch):
-        """Ids that no token keeps never reach an expert, in the operator and in the loop over experts."""
-        model, ran = _load(packed), []
+        """Slots that are skipped never reach an expert in the loop over experts; test_ops has the operator."""
+        model, ran = load(packed), []
         set_expert_pruning(model, ODPConfig(threshold=1, protect=0))  # one expert a token
         experts = next(module for module in model.modules() if isinstance(module, PackedExperts))
         pruning, seen = experts.pruning, []
@@ -331,20 +325,29 @@ class TestRefusals:
         with pytest.raises(ValueError, match="one expert"):
             compressed(folder, quick_config(odp=True))
         with pytest.raises(ValueError, match="one expert"):
-            set_expert_pruning(_load(folder), ODPConfig(threshold=0.5))
+            set_expert_pruning(load(folder), ODPConfig(threshold=0.5))
 
     def test_routing_outside_of_the_experts(self, tmp_path):
         with pytest.raises(ValueError, match="not handed"):
             compressed(save_dense("llama4_text", tmp_path), quick_config(odp=True))
 
     def test_no_thresholds_without_calibration(self, dense, packed):
-        plan = compression_report(_load(packed))["config"]["plan"]
+        plan = compression_report(load(packed))["config"]["plan"]
         config = quick_config(plan=plan, rounding="nearest", odp=True)
         with pytest.raises(ValueError, match="needs none"):
             compressed(dense, config)
 
+    def test_text_that_does_not_fit_the_model(self, packed):
+        model = load(packed)
+        before = attached(model).odp
+        with pytest.raises(ValueError, match="320 embeddings"):
+            set_expert_pruning(model, dataset=torch.full((2, 16), 400))
+        with pytest.raises(ValueError, match="128 positions"):
+            set_expert_pruning(model, dataset=tokens(2, 200))
+        assert attached(model).odp == before
+
     def test_attention_that_shows_no_weights(self, packed):
-        model = _load(packed)
+        model = load(packed)
         before = model(IDS).logits
         set_expert_pruning(model, False)
         model.config._attn_implementation = "flex_attention"
@@ -355,7 +358,7 @@ class TestRefusals:
         assert torch.equal(model(IDS).logits, before)
 
     def test_attention_that_is_changed_later(self, packed):
-        model = _load(packed)
+        model = load(packed)
         model.set_attn_implementation("eager")
         with pytest.raises(ValueError, match="switch pruning on again"):
             model(IDS)
@@ -365,7 +368,7 @@ class TestRefusals:
         model(IDS)
 
     def test_layers_that_are_run_again(self, packed):
-        model = _load(packed)
+        model = load(packed)
         # renamed in transformers 5.23
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         model.train()
@@ -382,10 +385,10 @@ class TestRefusals:
 
     def test_no_pruning_no_statistics(self, unpruned):
         with pytest.raises(ValueError, match="no expert pruning"):
-            expert_pruning_stats(_load(unpruned))
+            expert_pruning_stats(load(unpruned))
 
     def test_thresholds_of_another_model(self, packed):
-        model = _load(packed)
+        model = load(packed)
         other = replace(attached(model).odp, thresholds={"a": [0.5]}, normalized={"a": True})
         with pytest.raises(ValueError, match="do not fit"):
             set_expert_pruning(model, other)

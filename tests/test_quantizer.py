@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import compressed, load_class, quick_config, relative_rms, save_dense, tokens
+from tiny import compressed, load, load_class, quick_config, relative_rms, save_dense, tokens
 from torch import nn
 from transformers import (
     AutoModel,
@@ -24,11 +24,6 @@ from transformers_mcmoe import MCMoEConfig, PackedExperts, PackedLinear, Plan, c
 from transformers_mcmoe.plan import ExpertWidths
 
 IDS = tokens(2, 16, seed=1)
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    return save_dense("mixtral", tmp_path_factory.mktemp("mixtral") / "dense")
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +44,6 @@ def _rewrite(folder, change):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _load(folder, **kwargs):
-    return AutoModelForCausalLM.from_pretrained(folder, **({"dtype": torch.float32} | kwargs))
-
-
 # --- the user's objects -------------------------------------------------------------------------------------------
 
 
@@ -69,7 +60,7 @@ def test_config_json_holds_the_plan_and_no_integer_bits(packed):
     assert saved["quant_method"] == "mcmoe"
     assert saved["format_version"] == 1
     assert "bits" not in saved
-    assert saved["average_bits"] == pytest.approx(compression_report(_load(packed))["average_bits"], abs=1e-5)
+    assert saved["average_bits"] == pytest.approx(compression_report(load(packed))["average_bits"], abs=1e-5)
     assert set(saved["plan"]["experts"]) == {f"model.layers.{i}.mlp.experts" for i in range(2)}
     assert saved["plan"]["linears"]["model.layers.*.self_attn.q_proj"] == "44"
 
@@ -82,14 +73,14 @@ def test_published_names(packed):
 
 
 def test_deepcopy_dequantizes_on_its_own(packed):
-    model = _load(packed)
+    model = load(packed)
     other = copy.deepcopy(model).dequantize()
     assert any(isinstance(module, PackedExperts) for module in model.modules())
     assert relative_rms(model(IDS).logits, other(IDS).logits) <= 1e-5
 
 
 def test_loading_makes_no_dense_copy(packed):
-    model = _load(packed)
+    model = load(packed)
     experts = model.model.layers[0].mlp.experts
     assert isinstance(experts, PackedExperts)
     parameters = dict(experts.named_parameters())
@@ -100,8 +91,8 @@ def test_loading_makes_no_dense_copy(packed):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtype_casts_leave_packed_bytes_alone(packed, dtype):
-    full, half = _load(packed), _load(packed, dtype=dtype)
-    cast = _load(packed).to(dtype)
+    full, half = load(packed), load(packed, dtype=dtype)
+    cast = load(packed).to(dtype)
     for (name, a), (_, b), (_, c) in zip(
         full.named_parameters(), half.named_parameters(), cast.named_parameters(), strict=True
     ):
@@ -114,40 +105,40 @@ def test_dtype_casts_leave_packed_bytes_alone(packed, dtype):
 
 
 def test_gradients_reach_what_is_not_packed(packed):
-    model = _load(packed)
+    model = load(packed)
     model(IDS, labels=IDS).loss.backward()
     assert model.model.embed_tokens.weight.grad.abs().sum() > 0
     assert model.model.layers[0].mlp.gate.weight.grad.abs().sum() > 0
 
 
 def test_save_twice_is_byte_identical(packed, tmp_path):
-    model = _load(packed)
+    model = load(packed)
     model.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (packed / "model.safetensors").read_bytes()
     assert (tmp_path / "again" / "mcmoe_report.json").read_text() == (packed / "mcmoe_report.json").read_text()
 
 
 def test_dequantize_after_saving(packed, tmp_path):
-    model = _load(packed)
+    model = load(packed)
     logits = model(IDS).logits
     model.save_pretrained(tmp_path)
     assert relative_rms(model.dequantize()(IDS).logits, logits) <= 1e-5
 
 
 def test_sharded_save(packed, tmp_path):
-    model = _load(packed)
+    model = load(packed)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    assert torch.equal(_load(tmp_path / "sharded")(IDS).logits, model(IDS).logits)
+    assert torch.equal(load(tmp_path / "sharded")(IDS).logits, model(IDS).logits)
 
 
 def test_device_map_auto(packed):
-    assert torch.equal(_load(packed, device_map="auto")(IDS).logits, _load(packed)(IDS).logits)
+    assert torch.equal(load(packed, device_map="auto")(IDS).logits, load(packed)(IDS).logits)
 
 
 @torch.no_grad()
 def test_ways_to_generate_agree(packed):
-    model, ids = _load(packed), tokens(2, 24, seed=1)
+    model, ids = load(packed), tokens(2, 24, seed=1)
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     expected = model.generate(ids, **options)
     assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
@@ -165,17 +156,17 @@ def test_ways_to_generate_agree(packed):
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "granitemoe"])
 def test_disk_offload(family, tmp_path):
     compressed(save_dense(family, tmp_path / "dense")).save_pretrained(tmp_path / "packed")
-    plain = _load(tmp_path / "packed")
+    plain = load(tmp_path / "packed")
     device_map = {"lm_head": "cpu", "model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
     device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
-    model = _load(tmp_path / "packed", device_map=device_map, offload_folder=tmp_path / "offload")
+    model = load(tmp_path / "packed", device_map=device_map, offload_folder=tmp_path / "offload")
     experts = model.model.layers[1].mlp.experts if family != "granitemoe" else None
     if experts is not None:
         assert all(p.is_meta for p in experts.parameters() if p.numel())
     # offloaded experts run matrix by matrix, the others in one operator
     assert relative_rms(model(IDS).logits, plain(IDS).logits) <= 1e-6
     model.save_pretrained(tmp_path / "saved")
-    again = _load(tmp_path / "saved")
+    again = load(tmp_path / "saved")
     assert torch.equal(again(IDS).logits, plain(IDS).logits)
     with pytest.raises(ValueError, match="offloaded"):
         model.dequantize()
@@ -211,10 +202,10 @@ def test_modules_to_not_convert(dense, tmp_path):
     assert not isinstance(model.model.layers[0].mlp.experts, PackedExperts)
     assert isinstance(model.model.layers[1].mlp.experts, PackedExperts)
     assert type(model.model.layers[1].self_attn.q_proj) is nn.Linear
-    original = _load(dense).model.layers[0].mlp.experts
+    original = load(dense).model.layers[0].mlp.experts
     assert torch.equal(model.model.layers[0].mlp.experts.gate_up_proj, original.gate_up_proj)
     model.save_pretrained(tmp_path / "packed")
-    again = _load(tmp_path / "packed")
+    again = load(tmp_path / "packed")
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
@@ -227,7 +218,7 @@ def test_given_plan_with_a_dropped_expert_and_mixed_widths(dense, tmp_path):
     assert "0" not in dict(experts.named_children())
     assert (experts.linear(3, "gate_proj").bits, experts.linear(3, "down_proj").bits) == (3, 4)
     model.save_pretrained(tmp_path / "packed")
-    again = _load(tmp_path / "packed")
+    again = load(tmp_path / "packed")
     assert torch.equal(again(IDS).logits, model(IDS).logits)
     assert not [n for n in load_file(tmp_path / "packed" / "model.safetensors") if ".experts.0." in n]
     assert relative_rms(model(IDS).logits, again.dequantize()(IDS).logits) <= 1e-5
@@ -263,7 +254,7 @@ def test_base_model_and_model_with_head_load_each_others_checkpoints(family, tmp
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_checkpoint_that_is_not_in_the_published_layout(family, tmp_path):
     dense = save_dense(family, tmp_path / "dense")
-    _load(dense).save_pretrained(tmp_path / "fused", save_original_format=False)
+    load(dense).save_pretrained(tmp_path / "fused", save_original_format=False)
     assert any(name.endswith("gate_up_proj") for name in load_file(tmp_path / "fused" / "model.safetensors"))
     model, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "fused", quantization_config=quick_config(), dtype=torch.float32, output_loading_info=True
@@ -272,7 +263,7 @@ def test_checkpoint_that_is_not_in_the_published_layout(family, tmp_path):
     assert not info["missing_keys"]
     assert torch.equal(model(IDS).logits, compressed(dense)(IDS).logits)
     model.save_pretrained(tmp_path / "packed")
-    assert torch.equal(_load(tmp_path / "packed")(IDS).logits, model(IDS).logits)
+    assert torch.equal(load(tmp_path / "packed")(IDS).logits, model(IDS).logits)
 
 
 def test_layers_that_the_model_does_not_have_are_left_out(tmp_path):
@@ -287,7 +278,7 @@ def test_layers_that_the_model_does_not_have_are_left_out(tmp_path):
 
 
 def test_pickle(packed):
-    model = _load(packed)
+    model = load(packed)
     again = pickle.loads(pickle.dumps(model))
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
@@ -323,7 +314,7 @@ def test_unknown_experts_class_is_named(dense):
             super().__init__()
             self.cube = nn.Parameter(torch.zeros(2, 3, 4))
 
-    model = _load(dense)
+    model = load(dense)
     model.model.layers[1].mlp.experts = StrangeExperts()
     with pytest.raises(NotImplementedError, match=r"StrangeExperts at 'model\.layers\.1\.mlp\.experts'"):
         find_experts(model)
@@ -361,7 +352,7 @@ def test_missing_packed_tensor_is_named(copied):
     name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
     _rewrite(copied, lambda tensors: tensors.pop(name))
     with pytest.raises(ValueError, match=rf"lacks the packed tensor '{name}'"):
-        _load(copied)
+        load(copied)
 
 
 @pytest.mark.parametrize(
@@ -376,13 +367,13 @@ def test_missing_bias_or_guard_is_named(family, name, tmp_path):
     compressed(save_dense(family, tmp_path / "dense")).save_pretrained(tmp_path / "packed")
     _rewrite(tmp_path / "packed", lambda tensors: tensors.pop(name))
     with pytest.raises(ValueError, match=rf"lacks the packed tensor '{name}'"):
-        _load(tmp_path / "packed")
+        load(tmp_path / "packed")
 
 
 def test_unknown_tensor_beside_a_packed_linear_is_named(copied):
     _rewrite(copied, lambda t: t.update({"model.layers.0.self_attn.q_proj.low_rank_a.weight": torch.zeros(3)}))
     with pytest.raises(ValueError, match=r"q_proj\.low_rank_a\.weight' is not part"):
-        _load(copied)
+        load(copied)
 
 
 def test_dense_checkpoint_without_embeddings_is_named(tmp_path):
@@ -410,13 +401,13 @@ def test_misnamed_packed_tensor_is_named(copied):
     name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
     _rewrite(copied, lambda tensors: tensors.update({name.replace("w2", "w9"): tensors.pop(name)}))
     with pytest.raises(ValueError, match=rf"lacks the packed tensor '{name}'.*unknown tensor '.*w9\.weight'"):
-        _load(copied)
+        load(copied)
 
 
 def test_unknown_tensor_among_the_experts_is_named(copied):
     _rewrite(copied, lambda t: t.update({"model.layers.0.block_sparse_moe.experts.0.extra": torch.zeros(3)}))
     with pytest.raises(ValueError, match=r"'model\.layers\.0\.block_sparse_moe\.experts\.0\.extra' is not part"):
-        _load(copied)
+        load(copied)
 
 
 @pytest.mark.parametrize("damage", ["shape", "dtype", "linear"])
@@ -426,7 +417,7 @@ def test_damaged_packed_tensor_is_named(copied, damage):
     change = {"shape": lambda t: t[:-1].clone(), "dtype": lambda t: t.to(torch.int8), "linear": lambda t: t[0].clone()}
     _rewrite(copied, lambda tensors: tensors.update({name: change[damage](tensors[name])}))
     with pytest.raises(ValueError, match=rf"packed tensor '{name}' is .* but the plan says U8"):
-        _load(copied)
+        load(copied)
 
 
 def test_scale_that_is_not_finite_is_named(copied):
@@ -437,14 +428,14 @@ def test_scale_that_is_not_finite_is_named(copied):
 
     _rewrite(copied, damage)
     with pytest.raises(ValueError, match=r"experts\.0\.w1\.weight' holds scales that are not finite"):
-        _load(copied)
+        load(copied)
 
 
 def test_truncated_file_is_named(copied):
     file = copied / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-64])
     with pytest.raises(Exception, match=r"model\.safetensors|incomplete"):
-        _load(copied)
+        load(copied)
 
 
 def test_newer_format_is_refused(copied):
@@ -452,7 +443,7 @@ def test_newer_format_is_refused(copied):
     config["quantization_config"]["format_version"] = 2
     (copied / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="format version 2"):
-        _load(copied)
+        load(copied)
 
 
 def test_plan_that_does_not_fit(dense):
@@ -483,11 +474,11 @@ def test_too_little_max_memory(dense):
 
 def test_report_of_a_dense_model(dense):
     with pytest.raises(ValueError, match="was not compressed"):
-        compression_report(_load(dense))
+        compression_report(load(dense))
 
 
 def test_packed_linears_are_found_by_class(packed):
-    linears = [m for m in _load(packed).modules() if isinstance(m, PackedLinear)]
+    linears = [m for m in load(packed).modules() if isinstance(m, PackedLinear)]
     assert len(linears) == 2 * (8 * 3 + 4)
 
 

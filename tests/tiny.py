@@ -228,6 +228,11 @@ def save_dense(family: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def load(folder: Path, **kwargs: Any) -> Any:
+    """A causal language model in float32 unless another dtype is given."""
+    return AutoModelForCausalLM.from_pretrained(folder, **({"dtype": torch.float32} | kwargs))
+
+
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     """Random token ids [rows, length]."""
     return torch.randint(3, VOCABULARY - 20, (rows, length), generator=torch.Generator().manual_seed(seed))

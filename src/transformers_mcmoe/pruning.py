@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from transformers_mcmoe.calibration.data import calibration_tokens
 from transformers_mcmoe.config import MCMoEConfig, ODPConfig
 from transformers_mcmoe.models.experts import layer_of
+from transformers_mcmoe.pipeline.prepare import tokens_for
 from transformers_mcmoe.plan import under_prefix
 from transformers_mcmoe.report import compression_report
 from transformers_mcmoe.routing import (
@@ -84,7 +84,7 @@ def set_expert_pruning(
                 tokens = tokens_for(model, MCMoEConfig(num_samples=num_samples, seq_len=seq_len, **data))
                 options = with_thresholds(model, options, None, tokens)
             elif not options.calibrated:
-                options = with_thresholds(model, options, _recorded(model), None)
+                options = with_thresholds(model, options, recorded_ratios(model), None)
             options = start_expert_pruning(model, options)
     except BaseException:
         if before is not None:
@@ -137,18 +137,6 @@ def with_thresholds(
     return replace(odp, layers=_choose_layers(model, odp, tokens), max_kl=None)
 
 
-def tokens_for(model: Any, config: MCMoEConfig) -> Tensor:
-    """Calibration tokens [N, T] that a config asks for."""
-    return calibration_tokens(
-        config.dataset,
-        config.tokenizer,
-        num_samples=config.num_samples,
-        seq_len=config.seq_len,
-        seed=config.seed,
-        model_name=getattr(model.config, "name_or_path", ""),
-    )
-
-
 def expert_pruning_stats(model: Any, reset: bool = False) -> dict[str, Any]:
     """What expert pruning skipped since it was switched on, or since the last reset.
 
@@ -191,7 +179,7 @@ def _shares(sums: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def _recorded(model: Any) -> Mapping[str, Any] | None:
+def recorded_ratios(model: Any) -> Mapping[str, Any] | None:
     """What a packed model's report knows of its routing; None if it is not packed or has no report."""
     if _quantization_config(model) is None:
         return None

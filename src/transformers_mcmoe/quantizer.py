@@ -33,8 +33,9 @@ from transformers_mcmoe.models.stream import Checkpoint
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.nn import PackedExperts, PackedLinear
 from transformers_mcmoe.pipeline import Compressed, compress, unread_patterns
+from transformers_mcmoe.pipeline.prepare import tokens_for
 from transformers_mcmoe.plan import Plan, average_bits
-from transformers_mcmoe.pruning import start_expert_pruning, tokens_for, with_thresholds
+from transformers_mcmoe.pruning import recorded_ratios, start_expert_pruning, with_thresholds
 from transformers_mcmoe.report import build_report, read_report, write_report
 from transformers_mcmoe.routing import ExpertPruning, attached
 
@@ -129,9 +130,8 @@ class MCMoEHfQuantizer(HfQuantizer):
             return
         try:
             if not odp.calibrated:
-                recorded = (self.report or read_report(model)).get("routing_ratios")
                 tokens = tokens_for(model, config) if compressed and odp.layers == "auto" else None
-                odp = with_thresholds(model, odp, recorded, tokens)
+                odp = with_thresholds(model, odp, recorded_ratios(model), tokens)
             config.odp = start_expert_pruning(model, odp)
         except ValueError as error:
             if not compressed:
@@ -169,10 +169,8 @@ class MCMoEHfQuantizer(HfQuantizer):
         return {name: t.to("cpu") if t.dtype == torch.uint8 else t for name, t in state.items()}, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        if not isinstance(
-            dtype, torch.dtype
-        ):  # saving turns the config's, which transformers hands over, into a string
-            dtype = model.dtype
+        # transformers hands over the config's, which saving turns into a string
+        dtype = dtype if isinstance(dtype, torch.dtype) else model.dtype
         for path, module in list(model.named_modules()):
             if isinstance(module, PackedExperts | PackedLinear) and any(p.is_meta for p in module.parameters()):
                 raise ValueError(f"'{path}' is offloaded; load the model without disk offload to dequantize it.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,11 +52,16 @@ def prepare(structure: Structure, config: MCMoEConfig) -> tuple[dict[str, int], 
         found = expert_budgets(config.bits, sizes, config.expert_bits, sum(linears.values()), fixed)
         _check_at_least(config, sizes, found)
         budgets = dict(zip(structure.experts, found, strict=True))
-    return budgets, None if config.plan is not None and config.rounding == "nearest" else _tokens(structure, config)
+    needed = config.plan is None or config.rounding != "nearest"
+    return budgets, tokens_for(structure.model, config) if needed else None
 
 
-def _tokens(structure: Structure, config: MCMoEConfig) -> Tensor:
-    model = structure.model
+def tokens_for(model: Any, config: MCMoEConfig) -> Tensor:
+    """Calibration tokens [N, T] that a config asks for.
+
+    Raises:
+        ValueError: the data cannot be used, or not with this model.
+    """
     tokens = calibration_tokens(
         config.dataset,
         config.tokenizer,
