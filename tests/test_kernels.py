@@ -97,6 +97,21 @@ class TestLinear:
             expected = x.double() @ dequantize(qweight, bits, 512, torch.float64).T
             assert relative_rms(_linear(x, qweight, bits), expected) <= 1e-2
 
+    @pytest.mark.parametrize("tokens", [1, 2, 4, 9])
+    def test_exact_beside_extreme_activations(self, isa: str, tokens: int):
+        """Sinks, tiny and vanishing groups, and numbers that are none."""
+        qweight = _matrix(64, 512, 2, 128, middle=True)
+        dense = dequantize(qweight, 2, 512, torch.float64)
+        x = _random(tokens, 512)
+        x[:, 3], x[:, 128:256], x[:, 256:384] = 1e4, 0.0, x[:, 256:384] * 1e-38
+        assert relative_rms(_linear(x, qweight, 2), x.double() @ dense.T) <= 1e-6
+        assert not _linear(torch.zeros(tokens, 512), qweight, 2).any()
+        for value in (torch.nan, torch.inf):
+            x[0, 300] = value
+            y = _linear(x, qweight, 2)
+            assert not y[0].isfinite().any()
+            assert y[1:].isfinite().all()
+
     def test_int8_rounds_as_stated(self, isa: str, monkeypatch: pytest.MonkeyPatch):
         """Each group of a token is rounded to 127 steps of its largest magnitude, ties to even."""
         monkeypatch.setenv("MCMOE_MODE", "int8")

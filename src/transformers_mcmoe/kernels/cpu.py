@@ -2,8 +2,8 @@
 """The C++ backend: loads the compiled library, repacks matrices for it, calls it. Knows tensors, not modules.
 
 Where the library is missing (installed without a compiler, or another platform) `library()` is None and the reference
-runs. MCMOE_ISA forces an instruction set ("amx", "avx512-bf16", "avx512-vnni", "avx512", "avx2", "neon", "scalar"), or "reference"
-none; MCMOE_MODE=int8 | exact sets how activations enter (docs/kernels.md).
+runs. MCMOE_ISA forces an instruction set ("amx", "avx512-bf16", "avx512-vnni", "avx512", "avx-vnni", "avx2", "neon", "scalar"), or
+"reference" none; MCMOE_MODE=int8 | exact sets how activations enter (docs/kernels.md).
 """
 
 from __future__ import annotations

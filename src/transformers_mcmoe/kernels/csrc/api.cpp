@@ -34,6 +34,13 @@ bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 bool has_bf16() { return has_vnni() && __builtin_cpu_supports("avx512bf16"); }
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
+// The byte dot product of processors without AVX512. The compiler's list of features is older.
+bool has_avx_vnni() {
+  unsigned a = 7, b, c = 1, d;
+  asm("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  return has_avx2() && (a & 1u << 4) != 0;
+}
+
 // Asks Linux for the tile registers, which a process may use only then; false where there are none.
 bool has_amx() {
 #if defined(__linux__)
@@ -66,6 +73,9 @@ const Candidate CANDIDATES[] = {
     {"avx512-bf16", has_bf16, avx512_bf16_kernels},
     {"avx512-vnni", has_vnni, avx512_vnni_kernels},
     {"avx512", has_avx512, avx512_kernels},
+#if defined(MCMOE_AVX_VNNI)
+    {"avx-vnni", has_avx_vnni, avx_vnni_kernels},
+#endif
     {"avx2", has_avx2, avx2_kernels},
 #elif defined(__aarch64__)
     {"neon", has_dot_product, neon_kernels},

@@ -11,7 +11,7 @@ namespace {
 struct Avx512 {
   using I = __m512i;
   using F = __m512;
-  static constexpr int L = 16, parts = 2, largest_tile = 8;
+  static constexpr int L = 16, parts = 2, registers = 32, largest_tile = 8;
 #ifdef MCMOE_VNNI
   static constexpr bool in_place = true;
 #else

@@ -156,39 +156,47 @@ MCMOE_INLINE void prefetch(const uint8_t* p, int bytes) {
   for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + PREFETCH + i);
 }
 
-template <class V, int B, int T>
-void dot_int8(const uint8_t* records, int groups, int units, const int32_t* x, const float* xs, const float* xz,
-              float* y) {
-  constexpr bool IN_PLACE = V::in_place && T <= 2 && B != 8 && !(B == 1 && T > 1);
+// Activations in DIGITS digits of 8 bits.
+template <class V, int B, int T, int DIGITS>
+void dot_integer(const uint8_t* records, int groups, int units, const int32_t* x, const float* xs, const float* xz,
+                 float* y) {
+  constexpr int EACH = DIGITS * T, IF_IN_PLACE = EACH * in_place_classes<B>();
+  // codes stay in place where that leaves registers for more than sums
+  constexpr bool IN_PLACE = V::in_place && T <= 2 && B != 8 && IF_IN_PLACE * V::parts <= V::registers * 9 / 16;
   constexpr int CLASSES = IN_PLACE ? in_place_classes<B>() : 1;
   // independent sums, as a product takes several cycles
-  constexpr int COPIES = T > 2 ? 1 : CLASSES >= 8 ? 1 : CLASSES >= 3 || T == 2 ? 2 : 4;
+  constexpr int SUMS = CLASSES * EACH, ROOM = V::registers * 3 / 4 / (SUMS * V::parts);
+  constexpr int COPIES = ROOM >= 4 ? 4 : ROOM >= 2 ? 2 : 1;
   const int codes_bytes = units * 128 * B, stride = codes_bytes + 4 * ROWS;
   for (int part = 0; part < ROWS / V::L; part += V::parts) {
     Rows<V, T> rows;
     const uint8_t* record = records;
     const int32_t* a = x;
     for (int g = 0; g < groups; g++, record += stride) {
-      typename V::I sums[COPIES][CLASSES][T][V::parts];
+      typename V::I sums[COPIES][CLASSES][DIGITS][T][V::parts];
       MCMOE_EACH(c, COPIES) {
         MCMOE_EACH(k, CLASSES) {
-          MCMOE_EACH(t, T) {
-            MCMOE_EACH(q, V::parts) { sums[c][k][t][q] = V::izero(); }
+          MCMOE_EACH(d, DIGITS) {
+            MCMOE_EACH(t, T) {
+              MCMOE_EACH(q, V::parts) { sums[c][k][d][t][q] = V::izero(); }
+            }
           }
         }
       }
       if (part == 0) prefetch(record + codes_bytes, 4 * ROWS);
-      for (int u = 0; u < units; u++, a += 8 * T) {
+      for (int u = 0; u < units; u++, a += 8 * EACH) {
         const uint8_t* p[V::parts];
         unit_of<V, B>(record, u, part, p);
         if (part == 0) prefetch(p[0], 128 * B);
         auto multiply = [&](auto j, auto c, auto& w) MCMOE_LAMBDA {
           constexpr int COPY = (CLASSES > 1 ? j / (8 / COPIES) : (int)j) % COPIES;
-          MCMOE_EACH(t, T) {
-            const auto b = V::broadcast(a + j * T + t);
-            MCMOE_EACH(q, V::parts) {
-              auto& s = sums[COPY][c][t][q];
-              s = V::template dot<B == 8>(s, w[q], b);
+          MCMOE_EACH(d, DIGITS) {
+            MCMOE_EACH(t, T) {
+              const auto b = V::broadcast(a + j * EACH + d * T + t);
+              MCMOE_EACH(q, V::parts) {
+                auto& s = sums[COPY][c][d][t][q];
+                s = V::template dot<B == 8>(s, w[q], b);
+              }
             }
           }
         };
@@ -198,13 +206,18 @@ void dot_int8(const uint8_t* records, int groups, int units, const int32_t* x, c
           codes<V, B>(p, [&](auto j, auto& w) MCMOE_LAMBDA { multiply(j, Int<0>(), w); });
       }
       rows.add(record + codes_bytes, part, xz + g * T, [&](auto t, auto q) MCMOE_LAMBDA {
-        typename V::I total = V::izero();
-        MCMOE_EACH(k, CLASSES) {
-          typename V::I sum = sums[0][k][t][q];
-          MCMOE_EACH(c, COPIES - 1) { sum = V::add(sum, sums[c + 1][k][t][q]); }
-          total = V::add(total, IN_PLACE ? V::shift_down(sum, in_place_shift<B>(k)) : sum);
+        typename V::F value = V::zero();
+        MCMOE_EACH(i, DIGITS) {
+          constexpr int TOP = DIGITS - 1;
+          typename V::I total = V::izero();
+          MCMOE_EACH(k, CLASSES) {
+            typename V::I sum = sums[0][k][TOP - i][t][q];
+            MCMOE_EACH(c, COPIES - 1) { sum = V::add(sum, sums[c + 1][k][TOP - i][t][q]); }
+            total = V::add(total, IN_PLACE ? V::shift_down(sum, in_place_shift<B>(k)) : sum);
+          }
+          value = i ? V::fma(value, V::set1(256.f), V::to_float(total)) : V::to_float(total);
         }
-        return V::mul(V::to_float(total), V::set1(xs[g * T + t]));
+        return V::mul(value, V::set1(xs[g * T + t]));
       });
     }
     rows.store(y, part);
@@ -296,11 +309,15 @@ void dot_bf16(const uint8_t* records, int groups, int units, const int32_t* x, c
   });
 }
 
+// The kernel for T tokens where there are registers for that many.
 template <class V, Mode M, int B, int T>
-constexpr Dot dot() {
-  if constexpr (M == INT8) return dot_int8<V, B, T>;
-  if constexpr (M == FP32) return dot_fp32<V, B, T>;
-  if constexpr (M == BF16) return dot_bf16<V, B, T>;
+void add(Dot& dot) {
+  if constexpr (T <= V::largest_tile && (M != INT24 || 3 * T * V::parts <= V::registers * 3 / 4)) {
+    if constexpr (M == INT8) dot = dot_integer<V, B, T, 1>;
+    if constexpr (M == INT24) dot = dot_integer<V, B, T, 3>;
+    if constexpr (M == FP32) dot = dot_fp32<V, B, T>;
+    if constexpr (M == BF16) dot = dot_bf16<V, B, T>;
+  }
 }
 
 // ---- activations, in vectors of 16 values of the compiler's own, which it cuts as the processor needs
@@ -340,7 +357,7 @@ inline void spread(const void* from, int count, int32_t* q, int stride) {
   for (int d = 0; d < count; d++) memcpy(q + static_cast<long>(d) * stride, static_cast<const char*>(from) + 4 * d, 4);
 }
 
-inline void prepare_int8(const float* x, int size, int32_t* q, int stride, float* xs, float* xz) {
+inline float largest_magnitude(const float* x, int size) {
   Ints most = {};  // magnitudes as integers, whose order is the same
   for (int i = 0; i < size; i += LANES) {
     const Ints a = as<Ints>(load_floats(x + i)) & 0x7fffffff;
@@ -348,7 +365,11 @@ inline void prepare_int8(const float* x, int size, int32_t* q, int stride, float
   }
   int32_t top = 0;
   for (int l = 0; l < LANES; l++) top = most[l] > top ? most[l] : top;
-  const float largest = as<float>(top), inverse = largest > 0 ? 127.f / largest : 0.f;
+  return as<float>(top);
+}
+
+inline void prepare_int8(const float* x, int size, int32_t* q, int stride, float* xs, float* xz) {
+  const float largest = largest_magnitude(x, size), inverse = largest > 0 ? 127.f / largest : 0.f;
   Ints sums = {};
   alignas(64) int8_t bytes[PIECE];
   for (int start = 0; start < size; start += PIECE) {
@@ -366,6 +387,32 @@ inline void prepare_int8(const float* x, int size, int32_t* q, int stride, float
   int32_t sum = 0;
   for (int l = 0; l < LANES; l++) sum += sums[l];
   *xs = largest / 127.f;
+  *xz = *xs * static_cast<float>(sum);
+}
+
+// The largest magnitude becomes 127 in the highest of three digits, so that rounding cannot carry beyond it.
+inline void prepare_int24(const float* x, int size, int32_t* q, int stride, float* xs, float* xz) {
+  constexpr float MOST = 127.f * 65536.f;
+  const float largest = largest_magnitude(x, size), inverse = largest > 0x1p-100f ? MOST / largest : 0.f;
+  int64_t sum = 0;
+  alignas(64) int8_t bytes[3][PIECE];
+  for (int start = 0; start < size; start += PIECE) {
+    const int n = size - start < PIECE ? size - start : PIECE;
+    Ints sums = {};
+    for (int i = 0; i < n; i += LANES) {
+      const Floats scaled = load_floats(x + start + i) * inverse;
+      Ints value = __builtin_convertvector(scaled + (scaled < 0 ? Floats{} - 0.5f : Floats{} + 0.5f), Ints);
+      sums += value;
+      for (int d = 0; d < 3; d++) {
+        const Bytes digit = __builtin_convertvector(value, Bytes);
+        memcpy(bytes[d] + i, &digit, sizeof digit);
+        value = (value - __builtin_convertvector(digit, Ints)) >> 8;
+      }
+    }
+    for (int d = 0; d < 3; d++) spread(bytes[d], n / 4, q + (3 * static_cast<long>(start / 4) + d) * stride, 3 * stride);
+    for (int l = 0; l < LANES; l++) sum += sums[l];
+  }
+  *xs = largest / MOST;
   *xz = *xs * static_cast<float>(sum);
 }
 
@@ -405,10 +452,10 @@ const Kernels* table(const Kernels* base = nullptr) {
     unroll<NUM_WIDTHS>([&](auto w) MCMOE_LAMBDA {
       unroll<NUM_TILES>([&](auto t) MCMOE_LAMBDA {
         constexpr int B = WIDTHS[decltype(w)::value], T = TILES[decltype(t)::value];
-        if constexpr (T <= V::largest_tile) ((k.dot[M][w][t] = dot<V, M, B, T>()), ...);
+        (add<V, M, B, T>(k.dot[M][w][t]), ...);
       });
     });
-    constexpr Prepare PREPARE[] = {prepare_int8, prepare_bf16, prepare_fp32};
+    constexpr Prepare PREPARE[] = {prepare_int8, prepare_bf16, prepare_fp32, prepare_int24};
     ((k.prepare[M] = PREPARE[M]), ...);
     return k;
   }();

@@ -64,11 +64,13 @@ Tile Tile::choose(bool int8, int dtype, int rest, const Matrix& first, const Mat
     if (!dot[width_index(first.bits)][index] || !dot[width_index(second.bits)][index]) return false;
     return TILES[index] < FIRST_MATRIX_TILE || (first.units() <= MOST_UNITS && second.units() <= MOST_UNITS);
   };
+  // exact: bf16 activations as they are where the table has such products (it does where they are the fastest), others in
+  // integers, else as fp32
+  const int exact = kernels().dot[INT24][0][0] ? INT24 : FP32;
   for (int index = NUM_TILES - 1; index >= 0; index--) {
     tile.count = TILES[index];
     if (tile.count > rest) continue;
-    // bf16 products where the processor has them and activations are bf16
-    tile.mode = int8 ? INT8 : dtype == BF && has(BF16, index) ? BF16 : FP32;
+    tile.mode = int8 ? INT8 : dtype == BF && has(BF16, index) ? BF16 : exact;
     if (has(tile.mode, index)) break;
   }
   return tile;

@@ -10,7 +10,7 @@ namespace {
 struct Neon {
   using I = int32x4_t;
   using F = float32x4_t;
-  static constexpr int L = 4, parts = 4, largest_tile = 4;
+  static constexpr int L = 4, parts = 4, registers = 32, largest_tile = 4;
   static constexpr bool in_place = false;  // the dot product is signed: codes up to 127
 
   static MCMOE_INLINE I load(const uint8_t* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
@@ -65,4 +65,4 @@ struct Neon {
 }  // namespace
 }  // namespace mcmoe
 
-const mcmoe::Kernels* mcmoe::neon_kernels() { return table<Neon, INT8, FP32>(); }
+const mcmoe::Kernels* mcmoe::neon_kernels() { return table<Neon, INT8, INT24, FP32>(); }

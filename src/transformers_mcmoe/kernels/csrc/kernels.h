@@ -5,8 +5,10 @@
 
 namespace mcmoe {
 
-enum Mode { INT8 = 0, BF16 = 1, FP32 = 2 };
-constexpr int MODES = 3;
+// How activations enter: a group's as 8-bit integers under one scale; as bf16; as fp32; or a group's as 24-bit integers
+// under one scale, in three digits of 8 bits (digit 0 is the lowest), which byte dot products take: as exact as fp32.
+enum Mode { INT8 = 0, BF16 = 1, FP32 = 2, INT24 = 3 };
+constexpr int MODES = 4;
 
 // Widths that matrices may have, and the numbers of tokens that one call can take.
 constexpr int WIDTHS[] = {1, 2, 3, 4, 8};
@@ -23,8 +25,9 @@ constexpr int ROWS = 32, UNIT = 32;
 //   records  `groups` records of the 32 rows (layout.h)
 //   units    UNITs in a group
 //   x        prepared activations, dwords interleaved over the tokens: [groups * units][dwords per unit][T]; in matrix
-//            tiles: [groups][T / 16][steps][16 tokens][16 dwords], the last step of a group filled up with zeros
-//   xs       int8 only: scale of a token's group, [groups][T]
+//            tiles: [groups][T / 16][steps][16 tokens][16 dwords], the last step of a group filled up with zeros;
+//            the three digits of four INT24 columns follow each other
+//   xs       integers only: scale of a token's group, [groups][T]
 //   xz       sum of a token's group as the kernel sees it, [groups][T]
 using Dot = void (*)(const uint8_t* records, int groups, int units, const int32_t* x, const float* xs,
                      const float* xz, float* y);
@@ -38,7 +41,7 @@ struct Kernels {
 };
 
 // Dwords of prepared activations per unit.
-constexpr int dwords(int mode) { return mode == INT8 ? 8 : mode == BF16 ? 16 : 32; }
+constexpr int dwords(int mode) { return mode == INT8 ? 8 : mode == BF16 ? 16 : mode == FP32 ? 32 : 24; }
 
 // Matrix tiles of 16 dwords that hold a group's columns.
 constexpr int tile_steps(int mode, int units) { return (units * dwords(mode) + 15) / 16; }
@@ -47,6 +50,7 @@ const Kernels* amx_kernels();
 const Kernels* avx512_bf16_kernels();
 const Kernels* avx512_vnni_kernels();
 const Kernels* avx512_kernels();
+const Kernels* avx_vnni_kernels();
 const Kernels* avx2_kernels();
 const Kernels* neon_kernels();
 const Kernels* scalar_kernels();
