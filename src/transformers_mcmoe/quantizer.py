@@ -8,6 +8,7 @@ checkpoints from the start, modules are replaced on meta and transformers loads 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import logging
 import os
 import re
@@ -118,6 +119,7 @@ class MCMoEHfQuantizer(HfQuantizer):
             self.quantization_config.bits = round(average_bits(self._result.matrices), 6)
             self._result = None
         self._prune(model)
+        _tell_peft()
         model.save_pretrained = types.MethodType(save_pretrained, model)
         return model
 
@@ -209,6 +211,18 @@ def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **
     """`save_pretrained` of a packed model: the model's own, with the report beside the weights."""
     with self.hf_quantizer.saving_to(Path(save_directory)):
         return type(self).save_pretrained(self, save_directory, *args, **kwargs)
+
+
+def _tell_peft() -> None:
+    """PEFT takes packed models from now on, where it is installed."""
+    if importlib.util.find_spec("peft") is None:
+        return
+    from transformers_mcmoe.integrations.lora.registration import register
+
+    try:
+        register()
+    except ImportError as error:
+        logger.warning("Adapters are not available: %s", error)
 
 
 def replace_modules(model: Any, structure: Structure, plan: Plan, group_size: int) -> None:

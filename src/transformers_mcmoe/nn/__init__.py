@@ -2,5 +2,6 @@
 """Modules over packed matrices."""
 
 from transformers_mcmoe.nn.packed import PackedExperts, PackedLinear
+from transformers_mcmoe.nn.roles import ExpertsRole
 
-__all__ = ["PackedExperts", "PackedLinear"]
+__all__ = ["ExpertsRole", "PackedExperts", "PackedLinear"]

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from transformers_mcmoe.kernels import cpu, gpu, ops
 from transformers_mcmoe.models.experts import FusedExperts
+from transformers_mcmoe.nn.roles import ExpertsRole
 from transformers_mcmoe.plan import ExpertWidths
 from transformers_mcmoe.quantization.packing import dequantize, packed_shape
 
@@ -60,6 +61,7 @@ class PackedLinear(nn.Module):
         else:
             self.register_parameter("bias", None)
         self._is_hf_initialized = True  # transformers must not initialise packed bytes
+        self.merge_error: float | None = None  # of an adapter that was rounded into the matrix (integrations.lora)
         self._blocks: Tensor | None = None
         self._stamp: tuple[int, ...] | None = None
 
@@ -85,6 +87,16 @@ class PackedLinear(nn.Module):
             return torch.zeros(self.out_features, self.in_features, dtype=dtype)
         return dequantize(self.weight, self.bits, self.in_features, dtype)
 
+    @torch.no_grad()
+    def write(self, packed: Tensor) -> None:
+        """Exchange the packed bytes [out, n, G * bits / 8 + 4] for others of the same grid and width."""
+        self.weight.copy_(packed)  # type: ignore[union-attr]
+        self.forget_blocks()
+
+    def forget_blocks(self) -> None:
+        """Free the kernels' copy; the next call makes it anew."""
+        self._blocks = self._stamp = None
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
@@ -101,6 +113,7 @@ class PackedExperts(nn.Module):
     Attributes:
         num_experts: E.
         widths: width of every expert.
+        gate_up, down: the matrices of a role of all experts, for adapters to wrap.
         pruning: given tokens [T, H], expert ids and routing weights [T, K], the ids and weights to go by; or None.
 
     Args:
@@ -135,6 +148,7 @@ class PackedExperts(nn.Module):
             if name not in self._modules:
                 self.add_module(name, child)
         self._experts = experts
+        self.gate_up, self.down = ExpertsRole(self, "gate_up"), ExpertsRole(self, "down")
         self._is_hf_initialized = True
         self._activation = experts.plain_activation()
         sizes = [(p.out_features, p.in_features) for p in experts.projections]
@@ -198,6 +212,9 @@ class PackedExperts(nn.Module):
             args = signature.bind(self, hidden_states, *args, **kwargs).args[2:]
         if self.pruning is not None:
             args = self.pruning(*self._experts.route(hidden_states, *args))
+        if self.gate_up.changes or self.down.changes:
+            self._blocks = self._stamp = None  # each matrix has its own copy for the kernels
+            return self._experts.dispatch(hidden_states, *args, run=self._adapted())
         if self._activation is None or not self._repack():
             return self._experts.dispatch(hidden_states, *args, run=self._run)
         x, index, weights = self._experts.route(hidden_states, *args)
@@ -211,6 +228,14 @@ class PackedExperts(nn.Module):
             self._experts.has_gate,
         )  # fmt: skip
         return self._experts.finish(output, hidden_states)
+
+    def _linears(self) -> list[PackedLinear]:
+        return [
+            self.linear(e, p.name)
+            for e, bits in enumerate(self.widths.gate_up)
+            if bits
+            for p in self._experts.projections
+        ]
 
     def _matrices(self) -> list[list[Tensor]]:
         """The packed matrices of each expert, none for one that was dropped."""
@@ -237,6 +262,8 @@ class PackedExperts(nn.Module):
             self._stamp = self._blocks = None
             if stamp is not None:
                 self._blocks = self._pack()
+                for linear in self._linears():  # those of an adapter that was active
+                    linear.forget_blocks()
             self._stamp = _stamp(*ends)
         return True
 
@@ -261,6 +288,29 @@ class PackedExperts(nn.Module):
         if not self.widths.gate_up[expert]:
             return None
         return self._experts.combine(x, lambda x, projection: self.linear(expert, projection)(x))
+
+    def _adapted(self) -> Callable[[int, Tensor], Tensor | None]:
+        """As `_run`, with what adapters add to each projection."""
+        added = [role() for role in (self.gate_up, self.down) if role.changes]
+
+        def run(expert: int, x: Tensor) -> Tensor | None:
+            if not self.widths.gate_up[expert]:
+                return None
+            return self._experts.combine(x, linear(expert))
+
+        def linear(expert: int) -> Callable[[Tensor, str], Tensor]:
+            parts: dict[str, Tensor] = {}
+
+            def apply(x: Tensor, projection: str) -> Tensor:
+                role = self.down if projection == "down_proj" else self.gate_up
+                if role.changes and projection not in parts:
+                    parts.update(added[-1 if role is self.down else 0](expert, x))
+                y = self.linear(expert, projection)(x)
+                return y + parts[projection] if projection in parts else y
+
+            return apply
+
+        return run
 
     def restore(self, dtype: torch.dtype) -> nn.Module:
         """The original module with dense weights of what is packed here; a dropped expert has zeros."""
