@@ -13,10 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transformers_mcmoe.quantization.grid import Quantized, group_size_for, num_groups
+from transformers_mcmoe.quantization.grid import CHUNK, Quantized, group_size_for, num_groups
 
 WIDTHS = (1, 2, 3, 4, 8)
 GRID_BYTES = 4  # fp16 scale + fp16 zero
+# an integer as wide as all codes of a byte, one byte each
+_TOGETHER = {1: torch.int64, 2: torch.int32, 4: torch.int16}
 
 
 def planes(bits: int) -> tuple[int, ...]:
@@ -73,18 +75,38 @@ def unpack(packed: Tensor, bits: int, in_features: int) -> Quantized:
     widths = planes(bits)
     code_bytes = packed.shape[-1] - GRID_BYTES
     group_size = code_bytes * 8 // bits
-    codes = torch.zeros((*packed.shape[:-1], group_size), dtype=torch.uint8, device=packed.device)
+    codes: Tensor | None = None
     start, shift = 0, 0
     for width in widths:
         stop = start + group_size * width // 8
-        plane = packed[..., start:stop].unsqueeze(-1)
-        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
-        codes |= ((plane >> shifts) & ((1 << width) - 1)).flatten(-2) << shift
+        part = _codes_of(packed[..., start:stop], width, shift)
+        codes = part if codes is None else codes.bitwise_or_(part)
         start, shift = stop, shift + width
+    assert codes is not None
     grid = packed[..., code_bytes:].contiguous().view(torch.float16).to(torch.float32)
     return Quantized(codes, grid[..., 0], grid[..., 1], bits, in_features)
 
 
+def _codes_of(plane: Tensor, width: int, shift: int) -> Tensor:
+    """Codes [.., n * 8 / width] of a plane's bytes [.., n], moved up by `shift` bits: all codes of a byte are looked up at once."""
+    if width == 8:
+        return plane.clone()
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=plane.device)
+    every = torch.arange(256, dtype=torch.uint8, device=plane.device).unsqueeze(-1)
+    table = (((every >> shifts) & ((1 << width) - 1)) << shift).view(_TOGETHER[width]).squeeze(-1)
+    codes = torch.index_select(table, 0, plane.reshape(-1).to(torch.int32)).view(torch.uint8)
+    return codes.view(*plane.shape[:-1], plane.shape[-1] * 8 // width)
+
+
 def dequantize(packed: Tensor, bits: int, in_features: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The matrix [out, in_features] a packed tensor stands for, computed in fp32 and rounded to `dtype`."""
-    return unpack(packed, bits, in_features).dequantize(dtype)
+    """The matrix [out, in_features] a packed tensor stands for, computed in fp32 and rounded to `dtype`.
+
+    On CPU it is done a few rows at a time: fp32 values of a large matrix would go through memory.
+    """
+    rows = max(1, CHUNK // max(in_features, 1))
+    if packed.device.type != "cpu" or packed.shape[0] <= rows:
+        return unpack(packed, bits, in_features).dequantize(dtype)
+    weight = torch.empty(packed.shape[0], in_features, dtype=dtype)
+    for start in range(0, packed.shape[0], rows):
+        weight[start : start + rows] = unpack(packed[start : start + rows], bits, in_features).dequantize(dtype)
+    return weight

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from transformers_mcmoe.integrations.lora.rounding import requantized
-from transformers_mcmoe.nn import ExpertsRole, PackedLinear
+from transformers_mcmoe.nn import ExpertsRole
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,10 @@ class PackedLoraLayer(nn.Module, LoraLayer):
     """
 
     base_layer: Any
+    # dicts of modules by adapter, whose attributes torch types as Tensor | Module
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: Any, r: int, lora_alpha: int, **kw: Any
@@ -57,7 +61,7 @@ class PackedLoraLayer(nn.Module, LoraLayer):
             return []
         return [n for n in self.active_adapters if n in self.lora_A and n not in self.merged_adapters]
 
-    def _matrices(self) -> list[tuple[PackedLinear, int, slice]]:
+    def _matrices(self) -> list[tuple[Any, int, slice]]:
         """Packed matrices, the expert of each, and their rows in an adapter's output."""
         raise NotImplementedError
 
@@ -82,10 +86,10 @@ class PackedLoraLayer(nn.Module, LoraLayer):
         if not names:
             return
         everything = [*self.merged_adapters, *names]
-        originals = self._replaced or [linear.weight.clone() for linear, _, _ in self._matrices()]
+        originals = self._replaced or [linear.weight.data.clone() for linear, _, _ in self._matrices()]
         new, lost, asked = [], 0.0, 0.0
         for (linear, expert, rows), original in zip(self._matrices(), originals, strict=True):
-            change = sum(self.delta(name, expert, rows) for name in everything)
+            change = torch.stack([self.delta(name, expert, rows) for name in everything]).sum(0)
             packed, error = requantized(original, linear.bits, linear.in_features, change)
             new.append(packed)
             lost, asked = lost + error, asked + float(change.square().sum(dtype=torch.float64))
@@ -121,7 +125,7 @@ class PackedLoraLayer(nn.Module, LoraLayer):
 class LoraPackedLinear(PackedLoraLayer):
     """LoRA over a `PackedLinear`."""
 
-    def _matrices(self) -> list[tuple[PackedLinear, int, slice]]:
+    def _matrices(self) -> list[tuple[Any, int, slice]]:
         base = self.base_layer
         return [(base, 0, slice(None))] if base.weight is not None else []
 
@@ -196,7 +200,7 @@ class LoraExperts(PackedLoraLayer):
             else:
                 b.zero_()
 
-    def _matrices(self) -> list[tuple[PackedLinear, int, slice]]:
+    def _matrices(self) -> list[tuple[Any, int, slice]]:
         found = []
         for expert in self.base_layer.experts:
             start = 0

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from transformers_mcmoe.models.experts import FusedExperts
+from transformers_mcmoe.models.experts.fused import is_fused
 from transformers_mcmoe.nn import ExpertsRole, PackedExperts, PackedLinear
 
 logger = logging.getLogger(__name__)
@@ -48,14 +50,16 @@ def adapt_config(config: Any, model: nn.Module) -> None:
     if config.target_modules is None and not config.target_parameters:
         return  # PEFT's own default for the family, which resolves to attention, or its error
     names = Names(model)
+    dense = names.dense_parameters(config) if config.target_modules else set()
     targets = names.all_linear(config) if _is_all_linear(config) else names.matched(config)
     parameters, roles = names.parameters(config.target_parameters or ())
     targets |= roles
     for pattern in ("rank_pattern", "alpha_pattern"):
         setattr(config, pattern, names.patterns(getattr(config, pattern) or {}, targets))
     config.target_modules = {target for target in targets if target not in names.routers}
+    parameters |= dense
     config.target_parameters = parameters | {f"{t}.weight" for t in targets & names.routers.keys()} or None
-    _log(targets, names)
+    _log(targets, names, dense)
     if config.init_lora_weights == "mcmoe":
         config.init_lora_weights = True
         if not config.inference_mode:
@@ -93,21 +97,52 @@ class Role:
         path: its module path.
         experts: path of the experts module.
         module: the role.
-        parts: projection -> the names of its matrices, which only together mean the role.
         whole: names of all of it.
+        parts: projection -> the names of its matrices of all experts; the role is meant by those of all projections.
+        singles: projection -> the name of each expert's matrix.
     """
 
     path: str
     experts: str
     module: ExpertsRole
-    parts: Mapping[str, tuple[str, ...]]
     whole: tuple[str, ...]
+    parts: Mapping[str, tuple[str, ...]]
+    singles: Mapping[str, tuple[str, ...]]
 
     @property
     def names(self) -> Iterator[str]:
         yield from self.whole
-        for names in self.parts.values():
+        for names in (*self.parts.values(), *self.singles.values()):
             yield from names
+
+    def is_meant(self, wanted: Callable[[str], bool]) -> bool:
+        """Whether names that are wanted mean the role.
+
+        Raises:
+            ValueError: they mean a part of it.
+        """
+        if any(map(wanted, self.whole)):
+            return True
+        found: dict[str, int] = {}
+        for projection, names in self.parts.items():
+            every = len(self.module.experts)
+            count = every if any(map(wanted, names)) else sum(map(wanted, self.singles[projection]))
+            if 0 < count < every:
+                raise ValueError(
+                    f"target_modules names {count} of {every} experts of '{self.experts}'; their adapters are stacked: "
+                    "name all."
+                )
+            found[projection] = count
+        if not any(found.values()):
+            return False
+        missing = [projection for projection, count in found.items() if not count]
+        if missing:
+            given = next(projection for projection, count in found.items() if count)
+            raise ValueError(
+                f"target_modules names {given} of '{self.experts}' without {missing[0]}; the two read the same input "
+                "and share one adapter: name both."
+            )
+        return True
 
 
 class Names:
@@ -123,10 +158,11 @@ class Names:
         self.roles: dict[str, Role] = {}
         self.linears: dict[str, nn.Module] = {}
         self.routers: dict[str, nn.Module] = {}
-        self._containers: dict[str, list[str]] = {}
+        self._containers: list[str] = []
+        self._dense: list[str] = []  # experts modules that were not packed
         self._others: list[str] = []
         self._choosing: set[str] = set()
-        self._model = model
+        self._model: Any = model
         experts: dict[str, int] = {}
         inside: tuple[str, ...] = ()
         for path, module in model.named_modules():
@@ -142,7 +178,9 @@ class Names:
             elif isinstance(base, nn.Linear | PackedLinear):
                 self.linears[path] = base
             elif isinstance(base, nn.ModuleList | nn.ModuleDict):
-                self._containers[path] = []
+                self._containers.append(path)
+            elif is_fused(base):
+                self._dense.append(path)
             else:
                 self._others.append(path)
         self._find_routers(experts)
@@ -188,12 +226,7 @@ class Names:
         for path in filter(wanted, self._containers):
             found |= {linear for linear in self.linears if linear.startswith(path + ".")}
         for role in self.roles.values():
-            if any(map(wanted, role.whole)):
-                found.add(role.path)
-                continue
-            hits = {projection: [name for name in names if wanted(name)] for projection, names in role.parts.items()}
-            if any(hits.values()):
-                _check_whole(role, hits)
+            if role.is_meant(wanted):
                 found.add(role.path)
         found |= {
             path for path in self._others if path and path not in self.routers and wanted(path)
@@ -206,10 +239,26 @@ class Names:
                 )
         return found
 
+    def dense_parameters(self, config: Any) -> set[str]:
+        """Stacked weights of experts that were not packed, where names mean them: PEFT adapts those as parameters."""
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        found = set()
+        for path in self._dense:
+            inputs, down = FusedExperts(path, self._model.get_submodule(path)).parameter_names()[:2]
+            for stacked, names in ((inputs, ("gate_proj", "up_proj", inputs)), (down, ("down_proj",))):
+                every = (path, *(f"{path}.{name}" for name in names))
+                if _is_all_linear(config) or any(check_target_module_exists(config, name) for name in every):
+                    found.add(f"{path}.{stacked}")
+        return found
+
     def _check_known(self, targets: str | Iterable[str]) -> None:
         if isinstance(targets, str):
             return  # an expression that matches nothing is PEFT's error
-        names = [*self.linears, *self.routers, *self._containers, *self._others]
+        names = [*self.linears, *self.routers, *self._containers, *self._others, *self._dense]
+        names += [
+            f"{path}.{name}" for path in self._dense for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+        ]
         names += [name for role in self.roles.values() for name in role.names]
         known = {part for name in names for part in _suffixes(name)}
         for target in sorted(targets):
@@ -252,30 +301,10 @@ def _roles(path: str, packed: PackedExperts) -> Iterator[Role]:
         module = wrapped.get_base_layer() if hasattr(wrapped, "get_base_layer") else wrapped
         stacked = next((p for p in packed.adapter.parameter_names() if p.startswith(name)), f"{name}_proj")
         whole = (path, f"{path}.{name}", f"{path}.{stacked}")
-        parts = {}
-        for p in module.projections:
-            leaf = packed.leaves[p.name]
-            single = [f"{path}.{expert}.{leaf}" for expert in module.experts]
-            parts[p.name] = (f"{path}.{p.name}", f"{path}.{leaf}", *single)
-        if name == "down" and whole[2] == f"{path}.down_proj" or len(parts) == 1:
-            parts = {key: tuple(n for n in names if n not in whole) for key, names in parts.items()}
-        yield Role(f"{path}.{name}", path, module, parts, whole)
-
-
-def _check_whole(role: Role, hits: Mapping[str, list[str]]) -> None:
-    for projection, found in hits.items():
-        if not found:
-            other = next(name for name, names in hits.items() if names)
-            raise ValueError(
-                f"target_modules names {other} of '{role.experts}' without {projection}; the two read the same input "
-                "and share one adapter: name both."
-            )
-        own = f"{role.experts}.{projection}"
-        names = role.parts[projection]
-        if own not in found and names[1] not in found and len(found) < len(role.module.experts):
-            raise ValueError(
-                f"target_modules names some experts of '{role.experts}' only; their adapters are stacked: name all."
-            )
+        leaves = {p.name: packed.leaves[p.name] for p in module.projections}
+        parts = {p: (f"{path}.{p}", f"{path}.{leaf}") for p, leaf in leaves.items()}
+        singles = {p: tuple(f"{path}.{expert}.{leaf}" for expert in module.experts) for p, leaf in leaves.items()}
+        yield Role(f"{path}.{name}", path, module, whole, parts, singles)
 
 
 def _suffixes(name: str) -> Iterator[str]:
@@ -284,14 +313,15 @@ def _suffixes(name: str) -> Iterator[str]:
         name = name.partition(".")[2]
 
 
-def _log(targets: set[str], names: Names) -> None:
+def _log(targets: set[str], names: Names, dense: set[str]) -> None:
     roles = [role for path, role in names.roles.items() if path in targets]
     experts = {role.experts: len(role.module.experts) for role in roles}
     logger.info(
-        "Adapted: %d linear layers, %s of %d experts in %d layers, %d routers.",
+        "Adapted: %d linear layers, %s of %d experts in %d layers, %d routers, %d stacks of dense experts.",
         sum(path in names.linears and path not in names._choosing for path in targets),
         " and ".join(sorted({role.module.role for role in roles})) or "no matrices",
         sum(experts.values()),
         len(experts),
         sum(path in names.routers or path in names._choosing for path in targets),
+        len(dense),
     )

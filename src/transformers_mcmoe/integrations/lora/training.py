@@ -44,7 +44,9 @@ def prepare_for_training(model: Any, gradient_checkpointing: bool = True) -> Any
         )
     model.requires_grad_(False)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # older releases have it under the name that newer ones deprecate
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         model.config.use_cache = False
     return model
 
