@@ -217,6 +217,12 @@ def _adapted_names(model):
         ("qwen3_moe", ["gate_proj", "up_proj", "down_proj", "q_proj"], {"q_proj"} | ROLES),
         ("qwen3_moe", ["gate_up_proj"], {"gate_up"}),
         ("granitemoe", "all-linear", {"q_proj", "k_proj", "v_proj", "o_proj"} | ROLES),
+        # a shared expert that was not packed is no router, whatever its size; the gates are
+        (
+            "qwen2_moe",
+            "all-linear",
+            {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"} | ROLES,
+        ),
         # a dense first layer and a shared expert have the same names as the experts' projections
         ("deepseek_v3", ["gate_proj", "up_proj"], {"gate_proj", "up_proj", "gate_up"}),
     ],
@@ -477,6 +483,12 @@ def test_preparing_refuses(packed, folders):
         lora.prepare_for_training(packed)
     with pytest.raises(ValueError, match="no packed modules"):
         lora.prepare_for_training(load(folders("mixtral") / "dense"))
+    set_expert_pruning(packed, False)
+    model = adapted(packed)
+    with pytest.raises(ValueError, match="before get_peft_model"):
+        lora.prepare_for_training(model)
+    with pytest.raises(ValueError, match="has adapters"):
+        packed.dequantize()
 
 
 def test_expert_pruning_with_an_adapter(packed):

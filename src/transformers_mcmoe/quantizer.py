@@ -176,6 +176,8 @@ class MCMoEHfQuantizer(HfQuantizer):
         for path, module in list(model.named_modules()):
             if isinstance(module, PackedExperts | PackedLinear) and any(p.is_meta for p in module.parameters()):
                 raise ValueError(f"'{path}' is offloaded; load the model without disk offload to dequantize it.")
+            if isinstance(module, PackedExperts) and not module.is_plain:
+                raise ValueError(f"'{path}' has adapters; call merge_and_unload() or unload() before dequantizing.")
         pruning = attached(model)
         if pruning is not None:
             pruning.detach()

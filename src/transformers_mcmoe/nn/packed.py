@@ -196,6 +196,11 @@ class PackedExperts(nn.Module):
         """What is known of the original module."""
         return self._experts
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether no adapter wraps a role."""
+        return type(self.gate_up) is ExpertsRole and type(self.down) is ExpertsRole
+
     def expert_bytes(self) -> list[float]:
         """Packed bytes of every expert, 0 for one that was dropped."""
         matrices = self._matrices()

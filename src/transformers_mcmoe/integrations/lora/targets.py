@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -173,7 +174,7 @@ class Names:
                 inside += (path + ".",)
             if isinstance(base, PackedExperts):
                 inside += (path + ".",)
-                experts[path] = base.num_experts
+                experts[path] = base.num_experts + base.adapter.identity_experts
                 self.roles |= {role.path: role for role in _roles(path, base)}
             elif isinstance(base, nn.Linear | PackedLinear):
                 self.linears[path] = base
@@ -186,17 +187,21 @@ class Names:
         self._find_routers(experts)
 
     def _find_routers(self, experts: Mapping[str, int]) -> None:
-        """What lies beside experts in their block and has no more outputs than there are experts chooses among them."""
-        blocks = {path.rpartition(".")[0] + ".": count for path, count in experts.items()}
+        """A layer in the experts' block, alone in its parent, with no more outputs than there are experts: it chooses among
+        them, or weighs the shared expert. Linear layers of a shared expert have each other beside them."""
+        blocks = {path.rpartition(".")[0]: count for path, count in experts.items()}
         for path in [path for path in self._containers if "expert" in path.rpartition(".")[2]]:
-            blocks.setdefault(path.rpartition(".")[0] + ".", len(list(self._model.get_submodule(path).children())))
+            blocks.setdefault(path.rpartition(".")[0], len(list(self._model.get_submodule(path).children())))
+        beside = Counter(path.rpartition(".")[0] for path in self.linears)
         for block, count in blocks.items():
             for path, module in self.linears.items():
-                if path.startswith(block) and isinstance(module, nn.Linear) and module.out_features <= 2 * count:
+                parent = path.rpartition(".")[0]
+                alone = parent == block or (parent.startswith(block + ".") and beside[parent] == 1)
+                if alone and isinstance(module, nn.Linear) and module.out_features <= count:
                     self._choosing.add(path)
-            for path in self._others:
-                weight = self._model.get_submodule(path)._parameters.get("weight") if path.startswith(block) else None
-                if weight is not None and weight.dim() == 2 and weight.shape[0] <= 2 * count:
+            for path in (path for path in self._others if path.startswith(block + ".")):
+                weight = self._model.get_submodule(path)._parameters.get("weight")
+                if weight is not None and weight.dim() == 2 and weight.shape[0] <= count:
                     self.routers[path] = self._model.get_submodule(path)
 
     def all_linear(self, config: Any) -> set[str]:

@@ -28,13 +28,17 @@ def prepare_for_training(model: Any, gradient_checkpointing: bool = True) -> Any
         The model.
 
     Raises:
-        ValueError: the model is not packed; or its expert pruning ranks tokens, which checkpointing cannot repeat.
+        ValueError: the model is not packed, or has adapters already; or its expert pruning ranks tokens, which checkpointing cannot repeat.
         ImportError: PEFT is missing or does not fit.
     """
     register()
     if not is_packed(model):
         raise ValueError(
             f"This {type(model).__name__} has no packed modules; it needs no preparation by this package."
+        )
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            "This model has adapters, which would be frozen; call prepare_for_training before get_peft_model."
         )
     pruning = attached(model)
     if gradient_checkpointing and pruning is not None and pruning.odp.needs_attention:
