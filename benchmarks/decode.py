@@ -10,7 +10,6 @@ results/decode.jsonl. Load, machine and instruction set are in each row.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -22,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from machine import here
+
 RESULTS = Path(__file__).parent / "results" / "decode.jsonl"
 # hidden size, inner size, experts, experts per token, attention heads, key and value heads
 SHAPES = {
@@ -30,6 +31,7 @@ SHAPES = {
 }
 VOCABULARY = 8192
 NEW_TOKENS = 128
+CANDIDATES = ["dense bf16", "packed", "dense, equal bytes", "dense, equal active"]
 
 
 def config_of(shape: str, layers: int, inner: int | None = None) -> Any:
@@ -83,7 +85,7 @@ def anonymous() -> int:
 def run(folder: str, cases: list[list[int]], threads: int) -> None:
     """One candidate: generate for every (prompt length, batch), and print a JSON line each."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, StoppingCriteria
 
     import transformers_mcmoe
 
@@ -103,24 +105,17 @@ def run(folder: str, cases: list[list[int]], threads: int) -> None:
         ids = torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
         times: list[float] = []
 
-        class Clock:
-            def put(self, value: Any, times: list[float] = times) -> None:
-                times.append(time.perf_counter())
+        class Clock(StoppingCriteria):
+            """Is asked after each token, and never stops."""
 
-            def end(self) -> None:
-                pass
+            def __call__(self, ids: Any, scores: Any, times: list[float] = times, **kwargs: Any) -> Any:
+                times.append(time.perf_counter())
+                return torch.zeros(len(ids), dtype=torch.bool)
 
         peak[0] = 0
         started = time.perf_counter()
-        if batch == 1:
-            model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, streamer=Clock())
-            first, last = times[1] - started, times[-1] - times[1]  # the first call hands over the prompt
-        else:
-            model.generate(ids, max_new_tokens=1, do_sample=False, eos_token_id=None)
-            first = time.perf_counter() - started
-            started = time.perf_counter()
-            model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
-            last = time.perf_counter() - started - first
+        model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, stopping_criteria=[Clock()])
+        first, last = times[0] - started, times[-1] - times[0]
         row = {"first_token_s": first, "token_s": last / (NEW_TOKENS - 1)}
         row |= {"tokens_per_s": batch * (NEW_TOKENS - 1) / last, "load_bytes": loaded, "peak_bytes": peak[0]}
         row["backend"] = transformers_mcmoe.backend_info()["instruction_set"]
@@ -136,6 +131,8 @@ def main() -> None:
     parser.add_argument("--bits", type=float, default=2.54)
     parser.add_argument("--prompts", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16])
+    parser.add_argument("--prompt-tokens", type=int, default=65536, help="leave out cases of more, prompt times batch")
+    parser.add_argument("--candidates", nargs="+", default=CANDIDATES, choices=CANDIDATES)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mode", default="exact", choices=["exact", "int8"])
@@ -143,6 +140,7 @@ def main() -> None:
     parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args()
     cases = [[length, batch] for length in options.prompts for batch in options.batches]
+    cases = [case for case in cases if case[0] * case[1] <= options.prompt_tokens]
     if options.run:
         run(options.run, cases, options.threads)
         return
@@ -150,10 +148,9 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         if not (folder / "dense, equal active").is_dir():
             build(folder, options.shape, options.layers, options.bits)
-        names = ["dense bf16", "packed", "dense, equal bytes", "dense, equal active"]
         measured: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
         for _ in range(options.rounds):
-            for name in names:
+            for name in options.candidates:
                 command = [sys.executable, __file__, *sys.argv[1:], "--run", str(folder / name)]
                 env = os.environ | {"MCMOE_MODE": options.mode, "OMP_NUM_THREADS": str(options.threads)}
                 done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
@@ -172,8 +169,7 @@ def _write(options: argparse.Namespace, measured: dict[tuple[str, int, int], lis
                 "shape": options.shape, "layers": options.layers, "candidate": name, "bits": options.bits,
                 "mode": options.mode, "prompt": prompt, "batch": batch, "new_tokens": NEW_TOKENS,
                 "threads": options.threads, "rounds": len(rows), **{k: round(v, 5) for k, v in median.items()},
-                "backend": rows[0]["backend"], "load": round(os.getloadavg()[0], 1), "cpus": os.cpu_count(),
-                "date": datetime.date.today().isoformat(),
+                "backend": rows[0]["backend"], **here(),
             }  # fmt: skip
             file.write(json.dumps(row) + "\n")
             print(

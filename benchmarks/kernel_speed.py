@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import importlib.util
 import json
 import os
-import platform
 import random
 import statistics
 import time
@@ -23,6 +21,7 @@ from pathlib import Path
 
 import torch
 from ggml import TYPES, Ggml, find
+from machine import here
 from torch.nn import functional
 
 from transformers_mcmoe.kernels import cpu
@@ -195,10 +194,7 @@ def _measure(
             "rounds": rounds,
             "instruction_set": cpu.instruction_set(),
             "torch": torch.__version__,
-            "load": round(os.getloadavg()[0], 1),
-            "cpus": os.cpu_count(),
-            "processor": _processor(),
-            "date": datetime.date.today().isoformat(),
+            **here(),
         }
         if key.startswith("ours"):
             plain = statistics.median(candidates[f"read {key.split()[1]} bits"].seconds)
@@ -212,14 +208,6 @@ def _measure(
             f"x{row['times_torch_bf16']} torch bf16{share}",
             flush=True,
         )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 if __name__ == "__main__":

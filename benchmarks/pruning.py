@@ -3,15 +3,14 @@
 
 Quality: perplexity, and KL divergence to the dense model and to the packed model without pruning, on text that
 calibration never saw, for every method at equal shares of skipped expert bytes, for a sweep of thresholds and protected
-shares, and for several lengths; protected tokens are chosen from whole windows, as the paper does, and causally, as in
-decoding. Time: prefill and decoding with and without pruning in turns, experts timed apart. Rows go to
-results/pruning.jsonl; `--docs` writes docs/pruning.md from them.
+shares, for several lengths, and for prompts cut into chunks; protected tokens are chosen from whole windows, as the paper
+does, and causally, as in decoding. Time: prefill and decoding with and without pruning in turns, experts timed apart.
+Rows go to results/pruning.jsonl; `--docs` writes docs/pruning.md from them.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -23,7 +22,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from machine import here
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from transformers_mcmoe import (
     ODPConfig,
@@ -40,12 +40,12 @@ DOCS = Path(__file__).parent.parent / "docs" / "pruning.md"
 DROP = 0.02  # share of tokens that "drop_all" lets skip everything
 
 
-class Remembered(torch.nn.Module):
-    """A model whose logits are computed once per window."""
+class Wrapped(torch.nn.Module):
+    """What `evaluate` wants to know of a model."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model, self.config, self.known = model, model.config, {}
+        self.model, self.config = model, model.config
 
     dtype = property(lambda self: self.model.dtype)
     device = property(lambda self: self.model.device)
@@ -55,6 +55,28 @@ class Remembered(torch.nn.Module):
 
     def get_output_embeddings(self) -> Any:
         return self.model.get_output_embeddings()
+
+
+class Chunked(Wrapped):
+    """A model that is handed each window in chunks, over a cache, as a server with chunked prefill does."""
+
+    def __init__(self, model: Any, size: int) -> None:
+        super().__init__(model)
+        self.size = size
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        cache, logits = DynamicCache(config=self.config), []
+        for chunk in input_ids.split(self.size, dim=1):
+            logits.append(self.model(input_ids=chunk, past_key_values=cache, use_cache=True).logits)
+        return SimpleNamespace(logits=torch.cat(logits, dim=1))
+
+
+class Remembered(Wrapped):
+    """A model whose logits are computed once per window."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.known: dict[bytes, torch.Tensor] = {}
 
     def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         key = input_ids.numpy().tobytes()
@@ -101,12 +123,15 @@ def equalized(model: Any, test: torch.Tensor, odp: ODPConfig, context: int) -> O
     return options
 
 
-def measure(model: Any, dense: Any, test: torch.Tensor, odp: ODPConfig | None, context: int, windows: int) -> dict:
-    """Scores and shares of one setting."""
+def measure(
+    model: Any, dense: Any, test: torch.Tensor, odp: ODPConfig | None, context: int, windows: int, chunk: int = 0
+) -> dict:
+    """Scores and shares of one setting, with windows cut into chunks where a size is given."""
     odp = odp and equalized(model, test, odp, context)
     set_expert_pruning(model, odp or False)
     started = time.monotonic()
-    scores = evaluate(model, test, dense, context=context, limit=windows, batch=1)
+    whole_or_cut = Chunked(model, chunk) if chunk else model
+    scores = evaluate(whole_or_cut, test, dense, context=context, limit=windows, batch=1)
     row = scores.to_dict() | {"seconds": round(time.monotonic() - started, 1)}
     if odp is not None:
         stats = expert_pruning_stats(model)["prefill"]
@@ -118,6 +143,7 @@ def measure(model: Any, dense: Any, test: torch.Tensor, odp: ODPConfig | None, c
 def quality(options: argparse.Namespace, model: Any, dense: Any, test: torch.Tensor, bits: float) -> None:
     """Append the rows of one packed model."""
     settings: list[tuple[str, str, ODPConfig | None, int]] = [("", "no pruning", None, options.context)]
+    chunks: dict[str, int] = {}
     if "rates" in options.parts:
         for rate in options.rates:
             for name, odp in methods(rate).items():
@@ -135,10 +161,15 @@ def quality(options: argparse.Namespace, model: Any, dense: Any, test: torch.Ten
             for name, odp in odps.items():
                 each = [None] if odp is None else causal_too(odp)
                 settings += [("lengths", name, one, length) for one in each]
+    if "chunks" in options.parts:
+        for size in (0, *options.chunks):
+            name = f"in chunks of {size}" if size else "in one call"
+            chunks[name] = size
+            settings += [("chunks", name, odp, options.context) for odp in causal_too(ODPConfig(rate=0.15))]
     for table, name, odp, context in settings:
         windows = max(2, options.windows * options.context // context)
         row = {"model": options.name, "bits": bits, "table": table, "row": name, "causal": bool(odp and odp.causal)}
-        row |= measure(model, dense, test, odp, context, windows)
+        row |= measure(model, dense, test, odp, context, windows, chunks.get(name, 0))
         _append(row | {"test": options.test.name, "seed": 0})
         share = f"{100 * row['skipped']['bytes_skipped']:.2f} % skipped, " if odp else ""
         print(f"{bits} {table} {name}{' (causal)' if row['causal'] else ''}, {context}: {share}"
@@ -226,7 +257,7 @@ def speed(options: argparse.Namespace, model: Any, bits: float) -> None:
 
 
 def _append(row: dict[str, Any]) -> None:
-    row |= {"load": round(os.getloadavg()[0], 1), "cpus": os.cpu_count(), "date": datetime.date.today().isoformat()}
+    row |= here()
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
@@ -239,9 +270,10 @@ def main() -> None:
     parser.add_argument("--dense", type=Path, help="folder of the dense checkpoint")
     parser.add_argument("--name", default="smolmoe", help="what rows call the model")
     parser.add_argument("--test", type=Path, help="text to measure on")
-    parser.add_argument("--parts", nargs="+", default=["rates", "sweep", "lengths", "speed"])
+    parser.add_argument("--parts", nargs="+", default=["rates", "sweep", "lengths", "chunks", "speed"])
     parser.add_argument("--rates", type=float, nargs="+", default=[0.15, 0.25])
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 4096])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[512, 64])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=6, help="windows of --context tokens")
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -298,9 +330,12 @@ def write_docs() -> None:
 
 def _table(table: str, rows: list[dict[str, Any]]) -> list[str]:
     """A line per setting, whole windows and causal beside each other."""
-    title = {"sweep": "Thresholds by protected shares", "lengths": "Lengths, 15 % of expert bytes"}.get(
-        table, f"{table} of the routed expert bytes"
-    )
+    titles = {
+        "sweep": "Thresholds by protected shares",
+        "lengths": "Lengths, 15 % of expert bytes",
+        "chunks": "ODP, 15 % of expert bytes, prompts cut into calls",
+    }
+    title = titles.get(table, f"{table} of the routed expert bytes")
     lines = [f"### {title}\n", "| | skipped | whole windows (paper) | causal |", "|---|---|---|---|"]
     keys = dict.fromkeys((row["row"], row["protocol"]["context"]) for row in rows)
     for name, context in keys:
