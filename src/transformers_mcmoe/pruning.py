@@ -1,39 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 """Expert pruning as users call it: switch it on, off or to other options on a loaded model, and see what it saves.
 
-Finds thresholds, in what a compression recorded or by running text through the model; `routing` applies them.
+Finds thresholds, in what a compression recorded or by running text through the model, and has routers trained; `routing`
+applies them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from transformers_mcmoe.config import MCMoEConfig, ODPConfig
+from transformers_mcmoe.config import TARGET, MCMoEConfig, ODPConfig, OTPConfig
 from transformers_mcmoe.models.experts import layer_of
+from transformers_mcmoe.nn import PackedExperts
 from transformers_mcmoe.pipeline.prepare import tokens_for
 from transformers_mcmoe.plan import under_prefix
+from transformers_mcmoe.progress import Meter, Progress
 from transformers_mcmoe.report import compression_report
 from transformers_mcmoe.routing import (
     ExpertPruning,
     RatioTable,
     attached,
+    check_learnable,
     check_top_k,
     chosen_layers,
     expert_bytes,
     observe_routing,
     prunable_experts,
 )
+from transformers_mcmoe.routing.otp.training import RouterTraining
 
 logger = logging.getLogger(__name__)
 
+_T = TypeVar("_T", bound="ODPConfig | OTPConfig | None")
+# attribute of a model: what is known of its trained routers
+TRAINED = "mcmoe_trained_pruning"
 # tokens per forward pass while thresholds are measured
 BATCH_TOKENS = 2048
 # calibration tokens that layers="auto" compares outputs on: their logits are held
@@ -42,14 +51,15 @@ KL_TOKENS = 2048
 
 def set_expert_pruning(
     model: Any,
-    odp: bool | ODPConfig | Mapping[str, Any] = True,
+    odp: bool | ODPConfig | Mapping[str, Any] | None = None,
     *,
+    otp: bool | float | OTPConfig | None = None,
     dataset: Any = None,
     tokenizer: Any = None,
     num_samples: int = 128,
     seq_len: int = 2048,
     seed: int = 0,
-) -> ODPConfig | None:
+) -> ODPConfig | OTPConfig | None:
     """Switch dynamic expert pruning of a loaded model on, off, or to other options.
 
     A packed model needs no data: its compression recorded what thresholds are read from. A model that was not compressed
@@ -58,7 +68,9 @@ def set_expert_pruning(
 
     Args:
         model: a transformers model, packed or not; changed in place. A packed one is saved with it.
-        odp: True for the defaults, options, or False for off.
+        odp: True for the defaults, options, or False for off. Default True, if no `otp` is given.
+        otp: prune by the routers that `train_expert_pruning` gave the model instead: True as they were trained, or a
+            number for another share of routed slots.
         dataset: calibration text, as in `MCMoEConfig`; for packed models, measure again on this.
         tokenizer: tokenizer object or id; default the model's own.
         num_samples: calibration sequences.
@@ -66,33 +78,119 @@ def set_expert_pruning(
         seed: seed of the choice of text.
 
     Returns:
-        The options with the thresholds that were found, None for off.
+        The options with what was found, None for off.
 
     Raises:
-        ValueError: no thresholds can be found, or options do not fit the model; the model then keeps what it had.
+        ValueError: no thresholds can be found, the model has no routers, or options do not fit the model; the model then
+            keeps what it had.
     """
-    before, options = attached(model), ODPConfig.read(odp)
-    config = _quantization_config(model)
-    if options is not None:
-        chosen_layers(prunable_experts(model), options)  # refuses what does not fit before anything is run
+    before, config = attached(model), _quantization_config(model)
+    if otp is not None and otp is not False:
+        if odp:
+            raise ValueError("odp and otp are two rules for the same slots; give one of them.")
+        learned = _learned(model, otp)
+        return _switch(model, before, config, lambda: start_learned_pruning(model, learned))
+    options = ODPConfig.read(True if odp is None and otp is None else odp)
+    if options is None:
+        return _switch(model, before, config, lambda: None)
+    chosen_layers(prunable_experts(model), options)  # refuses what does not fit before anything is run
+
+    def start(options: ODPConfig = options) -> ODPConfig:
+        if dataset is not None:
+            tokens = _calibration(model, dataset, tokenizer, num_samples, seq_len, seed)
+            options = with_thresholds(model, options, None, tokens)
+        elif not options.calibrated:
+            options = with_thresholds(model, options, recorded_ratios(model), None)
+        return start_expert_pruning(model, options)
+
+    return _switch(model, before, config, start)
+
+
+def train_expert_pruning(
+    model: Any,
+    dataset: Any,
+    target: float | None = None,
+    *,
+    options: OTPConfig | None = None,
+    tokenizer: Any = None,
+    num_samples: int = 64,
+    seq_len: int = 512,
+    seed: int = 0,
+    progress: Callable[[Progress], None] | None = None,
+) -> OTPConfig:
+    """Train the routers of learned expert pruning on a loaded model, and switch it on ("OTP" of MC#, arXiv 2510.10962).
+
+    Args:
+        model: a transformers model, packed or not; changed in place. A packed one is saved with its routers.
+        dataset: calibration text, as in `MCMoEConfig`.
+        target: share of the routed slots to skip; default that of `options`.
+        options: how to train; default `OTPConfig()`.
+        tokenizer: tokenizer object or id; default the model's own.
+        num_samples: calibration sequences; `OTPConfig.tokens` bounds what is used of them.
+        seq_len: tokens per calibration sequence.
+        seed: seed of the choice of text.
+        progress: called with a `Progress`; None shows a bar.
+
+    Returns:
+        The options with what training found.
+
+    Raises:
+        ValueError: the model cannot be pruned, or the data not be used; the model then keeps what it had.
+    """
+    otp = options or OTPConfig()
+    otp = replace(otp, target=otp.target or TARGET if target is None else target)
+    check_learnable(model, otp)  # before anything is read
+    tokens = _calibration(model, dataset, tokenizer, num_samples, seq_len, seed)
+
+    def start() -> OTPConfig:
+        return start_learned_pruning(model, trained(model, otp, tokens, progress))
+
+    return _switch(model, attached(model), _quantization_config(model), start)
+
+
+def trained(
+    model: Any, otp: OTPConfig, tokens: Tensor, progress: Callable[[Progress], None] | None = None
+) -> OTPConfig:
+    """Train the routers of a model without pruning on tokens [N, T]; the options with what was found."""
+    otp, meter = replace(otp, target=otp.target or TARGET), Meter(progress)
+    try:
+        otp = RouterTraining(model, prunable_experts(model), otp, meter).run(tokens)
+    finally:
+        meter.close()
+    return replace(otp, model=model_mark(model))
+
+
+def _switch(model: Any, before: ExpertPruning | None, config: MCMoEConfig | None, start: Callable[[], _T]) -> _T:
+    """Put new pruning in the place of what there was, and that back if it cannot be."""
     if before is not None:
         before.detach()
     try:
-        if options is not None:
-            if dataset is not None:
-                data = {"dataset": dataset, "tokenizer": tokenizer, "seed": seed}
-                tokens = tokens_for(model, MCMoEConfig(num_samples=num_samples, seq_len=seq_len, **data))
-                options = with_thresholds(model, options, None, tokens)
-            elif not options.calibrated:
-                options = with_thresholds(model, options, recorded_ratios(model), None)
-            options = start_expert_pruning(model, options)
+        options = start()
     except BaseException:
         if before is not None:
-            ExpertPruning(model, before.odp)
+            ExpertPruning(model, before.options)
         raise
     if config is not None:
-        config.odp = options
+        config.odp = options if isinstance(options, ODPConfig) else None
+        learned = getattr(model, TRAINED, None)
+        config.otp = learned and replace(learned, on=isinstance(options, OTPConfig))
     return options
+
+
+def _learned(model: Any, otp: bool | float | OTPConfig) -> OTPConfig:
+    """The options of a model's trained routers, for the share asked for."""
+    known = otp if isinstance(otp, OTPConfig) and otp.trained else getattr(model, TRAINED, None)
+    if known is None:
+        raise ValueError(
+            "This model has no pruning routers; train them with train_expert_pruning(model, dataset, target=0.2)."
+        )
+    asked = otp.target if isinstance(otp, OTPConfig) else None if otp is True else otp
+    return replace(known, target=known.target if asked is None else asked, on=True)
+
+
+def _calibration(model: Any, dataset: Any, tokenizer: Any, num_samples: int, seq_len: int, seed: int) -> Tensor:
+    data = {"dataset": dataset, "tokenizer": tokenizer, "seed": seed}
+    return tokens_for(model, MCMoEConfig(num_samples=num_samples, seq_len=seq_len, **data))
 
 
 def start_expert_pruning(model: Any, odp: ODPConfig) -> ODPConfig:
@@ -106,6 +204,39 @@ def start_expert_pruning(model: Any, odp: ODPConfig) -> ODPConfig:
     )
     ExpertPruning(model, odp)
     return odp
+
+
+def start_learned_pruning(model: Any, otp: OTPConfig) -> OTPConfig:
+    """Attach pruning by the routers that the model has, if they were trained on it.
+
+    Raises:
+        ValueError: they were trained on another model.
+    """
+    mark = model_mark(model)
+    if otp.model is not None and mark is not None and otp.model != mark:
+        raise ValueError(
+            f"The pruning routers were trained on another model (mark {otp.model}, this one has {mark}); train them on this "
+            "one with train_expert_pruning, or load it with MCMoEConfig(otp=False)."
+        )
+    normalized = otp.normalized or {}
+    here = under_prefix(normalized, normalized, prunable_experts(model), model.base_model_prefix)
+    otp = replace(otp, normalized=here)
+    setattr(model, TRAINED, otp)
+    if otp.on:
+        ExpertPruning(model, otp)
+    return otp
+
+
+def model_mark(model: Any) -> str | None:
+    """Mark of a packed model's experts: their widths and some of their bytes. None without any, or while they are on disk."""
+    digest, packed = hashlib.sha256(), [module for module in model.modules() if isinstance(module, PackedExperts)]
+    for module in packed:
+        digest.update(repr((module.widths.gate_up, module.widths.down)).encode())
+        weight = next(iter(module.parameters()))
+        if weight.is_meta:
+            return None
+        digest.update(weight.data.flatten()[:256].to("cpu").numpy().tobytes())
+    return digest.hexdigest()[:16] if packed else None
 
 
 def with_thresholds(

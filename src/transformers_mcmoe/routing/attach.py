@@ -7,13 +7,13 @@ Knows modules and hooks; which slots are skipped is decided elsewhere (`odp`), a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from transformers_mcmoe.config import ODPConfig
+from transformers_mcmoe.config import ODPConfig, OTPConfig
 from transformers_mcmoe.models.experts import (
     Experts,
     FusedExperts,
@@ -26,11 +26,15 @@ from transformers_mcmoe.models.experts import (
 from transformers_mcmoe.nn import PackedExperts
 from transformers_mcmoe.routing.call import Call
 from transformers_mcmoe.routing.importance import IMPLEMENTATIONS, RECORDER, TokenImportance
-from transformers_mcmoe.routing.odp import LayerPruning
+from transformers_mcmoe.routing.layer import LayerPruning
+from transformers_mcmoe.routing.odp import ThresholdPruning
+from transformers_mcmoe.routing.otp import LearnedPruning, PrefixRouter
 from transformers_mcmoe.routing.ratios import RoutingRatios
 
 # attribute of a pruned model: its `ExpertPruning`
 ATTRIBUTE = "mcmoe_expert_pruning"
+# attribute of an experts module: its trained `PrefixRouter`
+ROUTER = "otp"
 # options that skip nothing
 _COUNT = ODPConfig(threshold=0, protect=0, renormalize=False)
 # names that model configs have for K
@@ -69,71 +73,87 @@ class ExpertPruning:
 
     Args:
         model: a transformers model.
-        odp: options with thresholds for the layers they name.
+        options: thresholds for the layers they name, or those of trained routers, which the experts modules then have.
 
     Attributes:
         layers: pruning of each layer, by experts path.
 
     Raises:
-        ValueError: thresholds do not belong to the model; tokens are to be ranked, but the model has no attention or
-            one whose weights cannot be taken.
+        ValueError: thresholds or routers do not belong to the model; tokens are to be ranked, but the model has no
+            attention or one whose weights cannot be taken.
     """
 
-    def __init__(self, model: Any, odp: ODPConfig) -> None:
-        self.odp = odp
+    def __init__(self, model: Any, options: ODPConfig | OTPConfig) -> None:
+        self.options = options
         self.layers: dict[str, LayerPruning] = {}
         self._model = model
         self._handles: list[Any] = []
         self._attentions: list[tuple[Any, str]] = []
         found = prunable_experts(model)
-        chosen = _with_thresholds(chosen_layers(found, odp), odp)
-        if odp.needs_attention:
-            _check_attention(model, chosen)
-        calls = {stack: self._follow_calls(stack) for stack in stacks_of(found)}
-        importance = self._rank_tokens(chosen, calls) if odp.needs_attention else {}
-        for path, experts in found.items():
-            call = calls[layer_of(path)[0]]
-            if path in chosen:
-                self._attach(path, experts, odp, call, importance.get(_layer(path)))
-            else:  # nothing is skipped, but counted
-                self._attach(path, experts, _COUNT, call, None)
+        if isinstance(options, OTPConfig):
+            self._attach_routers(found, options)
+        else:
+            self._attach_thresholds(found, options)
         setattr(model, ATTRIBUTE, self)
 
-    def _attach(
-        self, path: str, experts: FusedExperts, odp: ODPConfig, call: Call, importance: TokenImportance | None
-    ) -> None:
-        module = self._model.get_submodule(path)
-        packed = isinstance(module, PackedExperts)
-        skip = experts.num_experts + experts.identity_experts if packed else None
-        levels = (odp.thresholds or {}).get(path, [0.0])
-        renormalize = odp.renormalize if odp.renormalize is not None else (odp.normalized or {})[path]
-        pruning = LayerPruning(odp, path, levels, renormalize, call, importance, _bytes(module, experts), skip)
-        self.layers[path] = pruning
-        if isinstance(module, PackedExperts):
-            module.pruning = pruning
-        else:
-            self._handles.append(module.register_forward_pre_hook(_Rerouted(experts, pruning), with_kwargs=True))
+    def _attach_routers(self, found: Mapping[str, FusedExperts], otp: OTPConfig) -> None:
+        routers, shift = routers_of(self._model, found), otp.shift
+        calls = {stack: self._follow_calls(stack) for stack in stacks_of(found)}
+        for path, experts in found.items():
+            call, known = calls[layer_of(path)[0]], self._known(path, experts)
+            if path in routers:
+                renormalize = otp.renormalize if otp.renormalize is not None else (otp.normalized or {})[path]
+                self._attach(path, experts, LearnedPruning(routers[path], shift, path, renormalize, call, *known))
+            else:  # nothing is skipped, but counted
+                self._attach(path, experts, ThresholdPruning(_COUNT, path, [0.0], False, call, None, *known))
 
-    def _follow_calls(self, stack: str) -> Call:
-        """What is known of the calls of a stack of decoder layers."""
-        odp = self.odp
+    def _attach_thresholds(self, found: Mapping[str, FusedExperts], odp: ODPConfig) -> None:
+        chosen = _with_thresholds(chosen_layers(found, odp), odp)
+        if odp.needs_attention:
+            _check_attention(self._model, chosen)
         ranks = odp.needs_attention or odp.method in ("mean", "variance", "kurtosis")
+        repeatable = not ranks and odp.method != "random"
+        calls = {stack: self._follow_calls(stack, ranks, repeatable) for stack in stacks_of(found)}
+        importance = self._rank_tokens(chosen, calls, odp.causal) if odp.needs_attention else {}
+        for path, experts in found.items():
+            own, call, known = _COUNT, calls[layer_of(path)[0]], self._known(path, experts)
+            ranking = None
+            if path in chosen:
+                own, ranking = odp, importance.get(_layer(path))
+            levels = (own.thresholds or {}).get(path, [0.0])
+            renormalize = own.renormalize if own.renormalize is not None else (own.normalized or {})[path]
+            self._attach(path, experts, ThresholdPruning(own, path, levels, renormalize, call, ranking, *known))
+
+    def _known(self, path: str, experts: FusedExperts) -> tuple[list[float], int | None]:
+        """Bytes of each expert, and the id that stands for none, if the module knows one."""
+        module = self._model.get_submodule(path)
+        none = experts.num_experts + experts.identity_experts if isinstance(module, PackedExperts) else None
+        return _bytes(module, experts), none
+
+    def _attach(self, path: str, experts: FusedExperts, pruning: LayerPruning) -> None:
+        self.layers[path] = pruning
+        self._handles.append(reroute(self._model.get_submodule(path), experts, pruning))
+
+    def _follow_calls(self, stack: str, ranks: bool = False, repeatable: bool = True) -> Call:
+        """What is known of the calls of a stack of decoder layers."""
         layers = enumerate(self._model.get_submodule(stack))
         attends = next((i for i, layer in layers if any(is_attention(module) for module in layer.modules())), 0)
-        call = Call(ranks, repeatable=not ranks and odp.method != "random", layer=attends)
+        call = Call(ranks, repeatable=repeatable, layer=attends)
         owner = self._model.get_submodule(stack.rpartition(".")[0])
         self._handles.append(owner.register_forward_pre_hook(call.begin, with_kwargs=True))
         if ranks:
             self._handles.append(owner.register_forward_hook(call.keep))
         return call
 
-    def _rank_tokens(self, chosen: Sequence[str], calls: Mapping[str, Call]) -> dict[str, TokenImportance]:
+    def _rank_tokens(
+        self, chosen: Sequence[str], calls: Mapping[str, Call], causal: bool
+    ) -> dict[str, TokenImportance]:
         """Importance of tokens by decoder layer, recorded from now on."""
         found: dict[str, TokenImportance] = {}
         sources: dict[int, tuple[nn.Module, Call]] = {}
         for layer, call in {_layer(path): calls[layer_of(path)[0]] for path in chosen}.items():
             before = _attention_before(self._model, layer)
-            found[layer] = importance = TokenImportance(call, layer, self.odp.causal, bool(before))
+            found[layer] = importance = TokenImportance(call, layer, causal, bool(before))
             hook = self._model.get_submodule(layer).register_forward_pre_hook(importance.enter, with_kwargs=True)
             self._handles.append(hook)
             sources |= {id(module): (module, call) for module in before}
@@ -157,8 +177,6 @@ class ExpertPruning:
         for config, implementation in self._attentions:
             config._attn_implementation = implementation
         for module in self._model.modules():
-            if isinstance(module, PackedExperts):
-                module.pruning = None
             if hasattr(module, RECORDER):
                 delattr(module, RECORDER)
         self._handles, self._attentions = [], []
@@ -169,6 +187,31 @@ class ExpertPruning:
 def attached(model: Any) -> ExpertPruning | None:
     """The pruning of a model, None where there is none."""
     return getattr(model, ATTRIBUTE, None)
+
+
+def routers_of(model: Any, found: Mapping[str, FusedExperts]) -> dict[str, PrefixRouter]:
+    """The trained routers of a model, by experts path; experts that were not compressed may have none.
+
+    Raises:
+        ValueError: no experts module has one.
+    """
+    known = {path: getattr(model.get_submodule(path), ROUTER, None) for path in found}
+    routers = {path: router for path, router in known.items() if isinstance(router, PrefixRouter)}
+    if not routers:
+        raise ValueError(
+            "This model has no pruning routers; train them with train_expert_pruning(model, dataset, target=0.2)."
+        )
+    return routers
+
+
+def set_router(module: nn.Module, router: PrefixRouter | None) -> None:
+    """Give an experts module its router, or take it away. It is saved with packed experts, and with no others."""
+    if not isinstance(module, PackedExperts):
+        module.__dict__[ROUTER] = router
+    elif router is not None:
+        module.add_module(ROUTER, router)
+    else:
+        module._modules.pop(ROUTER, None)
 
 
 def chosen_layers(found: Mapping[str, FusedExperts], odp: ODPConfig) -> list[str]:
@@ -223,11 +266,29 @@ def record_routing(module: nn.Module, experts: Experts, ratios: RoutingRatios) -
         return
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _, index, weights = experts.route(*_routing(experts, args, kwargs))  # type: ignore[attr-defined]
+        _, index, weights = experts.route(*routing_arguments(experts, args, kwargs))  # type: ignore[attr-defined]
         ratios.add(index, weights)
 
     with module.register_forward_pre_hook(hook, with_kwargs=True):
         yield
+
+
+def slots_of(model: Any) -> int | None:
+    """K, the experts per token, as the model's config says; None if it does not say so by one of the usual names."""
+    config = model.config.get_text_config()
+    return next((slots for name in TOP_K if isinstance(slots := getattr(config, name, None), int)), None)
+
+
+def check_learnable(model: Any, otp: OTPConfig) -> None:
+    """Raise ValueError if a model cannot be pruned by routers that skip the wanted share, before anything is run."""
+    found = prunable_experts(model)
+    if (slots := slots_of(model)) is not None:
+        check_top_k(slots, next(iter(found)))
+        if otp.target is not None and otp.target > (slots - 1) / slots:
+            raise ValueError(
+                f"target={otp.target} cannot be met: a token keeps one of its {slots} experts at least, so at most "
+                f"{(slots - 1) / slots:.2f} of the routed slots can be skipped; lower it."
+            )
 
 
 def check_prunable(model: Any, odp: ODPConfig) -> None:
@@ -237,16 +298,14 @@ def check_prunable(model: Any, odp: ODPConfig) -> None:
     """
     found = prunable_experts(model)
     chosen_layers(found, odp)
-    config = model.config.get_text_config()
-    for name in TOP_K:
-        if isinstance(slots := getattr(config, name, None), int):
-            check_top_k(slots, next(iter(found)))
-            most = (1 - odp.protect) * (slots - 1) / slots  # type: ignore[operator]
-            if odp.rate is not None and odp.rate > most + odp.drop_all:
-                raise ValueError(
-                    f"rate={odp.rate} cannot be met: with {slots} experts per token and protect={odp.protect} about "
-                    f"{most:.2f} of the routed bytes can be skipped; lower it."
-                )
+    if (slots := slots_of(model)) is not None:
+        check_top_k(slots, next(iter(found)))
+        most = (1 - odp.protect) * (slots - 1) / slots  # type: ignore[operator]
+        if odp.rate is not None and odp.rate > most + odp.drop_all:
+            raise ValueError(
+                f"rate={odp.rate} cannot be met: with {slots} experts per token and protect={odp.protect} about "
+                f"{most:.2f} of the routed bytes can be skipped; lower it."
+            )
     if odp.needs_attention:
         _check_attention(model, found)
 
@@ -294,19 +353,44 @@ def _bytes(module: nn.Module, experts: FusedExperts) -> list[float]:
     return [float(size * itemsize)] * experts.num_experts
 
 
-def _routing(experts: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+def routing_arguments(experts: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
     """A call's arguments in their order."""
     signature = inspect.signature(type(experts.module).forward)
     return signature.bind(experts.module, *args, **kwargs).args[1:]
 
 
-class _Rerouted:
-    """Pre-hook of dense experts: skipped slots get the weight 0."""
+Rule = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-    def __init__(self, experts: FusedExperts, pruning: LayerPruning) -> None:
-        self._experts, self._pruning = experts, pruning
+
+def reroute(module: nn.Module, experts: FusedExperts, rule: Rule) -> Any:
+    """Let a rule change the routing of an experts module: tokens [T, H], ids and weights [T, K] -> ids and weights.
+
+    Returns:
+        A handle; its `remove()` undoes it.
+    """
+    if isinstance(module, PackedExperts):
+        module.pruning = rule
+        return _Switched(module)
+
+    return module.register_forward_pre_hook(_Rerouted(experts, rule), with_kwargs=True)
+
+
+class _Rerouted:
+    """Pre-hook of dense experts."""
+
+    def __init__(self, experts: FusedExperts, rule: Rule) -> None:
+        self._experts, self._rule = experts, rule
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden_states, *routing = _routing(self._experts, args, kwargs)
-        x, index, weights = self._experts.route(hidden_states, *routing)
-        return (hidden_states, *self._pruning(x, index, weights)), {}
+        hidden_states, *routing = routing_arguments(self._experts, args, kwargs)
+        return (hidden_states, *self._rule(*self._experts.route(hidden_states, *routing))), {}
+
+
+class _Switched:
+    """Handle of a rule inside a packed module."""
+
+    def __init__(self, module: PackedExperts) -> None:
+        self._module = module
+
+    def remove(self) -> None:
+        self._module.pruning = None
