@@ -67,7 +67,7 @@ class CostMeter:
     def measure(self, batches: list[Tensor], stage: str) -> dict[str, Trace]:
         """Traces by experts path, of batches of token ids [B, T]."""
         traces = {path: Trace() for path in self._found}
-        self._meter.start(stage, len(batches))
+        self._meter.start(stage, len(batches), "batch")
         for batch in batches:
             if self._otp.objective == "logits":
                 self._by_output(batch, traces)

@@ -132,7 +132,7 @@ class RouterTraining:
         optimizer = torch.optim.Adam([m for pair in matrices.values() for m in pair], lr=otp.learning_rate)
         best, chosen, waited = self._held_out(routed, start, kept, otp), dict(start), 0
         logger.info("KL of the fitted routers on held-out tokens: %.4f.", best)
-        self._meter.start("train", otp.steps)
+        self._meter.start("train", otp.steps, "step")
         (first, last), price = otp.temperatures, 0.0
         for step in range(otp.steps):
             batch = fitted[int(torch.randint(len(fitted), (1,), generator=self._random))]
