@@ -18,8 +18,10 @@ from transformers_mcmoe import (
     set_expert_pruning,
     train_expert_pruning,
 )
+from transformers_mcmoe.kernels import cpu
 from transformers_mcmoe.progress import Meter
 from transformers_mcmoe.routing import (
+    LayerPruning,
     PrefixRouter,
     attached,
     dropping_points,
@@ -379,3 +381,36 @@ def test_options_in_json():
     with pytest.raises(ValueError, match="no option 'targets'"):
         OTPConfig.read({"targets": 0.1})
     assert MCMoEConfig(otp={"target": 0.3}).otp == OTPConfig(target=0.3)
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="installed without the CPU kernels (no C++ compiler)")
+class TestCompiled:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(("slots", "renormalize"), [(2, True), (8, False)])
+    def test_equals_the_reference(self, slots, renormalize, dtype):
+        experts, count, none = 12, 200, 13
+        router, x = _router(40, slots), _random(count, 40).to(dtype)
+        generator = torch.Generator().manual_seed(0)
+        index = torch.stack([torch.randperm(13, generator=generator)[:slots] for _ in range(count)])  # 12: no expert
+        weights = _random(count, slots, seed=4).softmax(-1)
+        call = Call()
+        call.shape, call.valid = (2, count // 2), torch.arange(count).view(2, -1) % 7 > 0
+        expected, fused = (
+            LearnedPruning(router, 0.2, "x", renormalize, call, [1.0] * experts, none) for _ in range(2)
+        )
+        kept, left = LayerPruning.__call__(expected, x, index, weights)
+        found = fused(x, index, weights)
+        assert torch.equal(found[0], kept)
+        assert torch.allclose(found[1], left, atol=1e-6)
+        assert fused.counts.read(0) == expected.counts.read(0)
+        assert 0 < expected.counts.read(0)["slots_skipped"] < count * (slots - 1)
+
+    def test_tokens_alone_and_together(self):
+        router, x, weights = _router(40, 4), _random(50, 40), _random(50, 4, seed=4).softmax(-1)
+        index = torch.arange(4).expand(50, 4)
+        pruning = LearnedPruning(router, 0.0, "x", True, Call(), [1.0] * 4, 4)
+        together = pruning(x, index, weights)
+        for t in range(50):
+            alone = pruning(x[t : t + 1], index[t : t + 1], weights[t : t + 1])
+            assert torch.equal(alone[0], together[0][t : t + 1])
+            assert torch.equal(alone[1], together[1][t : t + 1])

@@ -80,19 +80,27 @@ class Counts:
         # prefill and decode: slots of each expert, ids that are none, the same of skipped slots, tokens
         self._counts = torch.zeros(2, 2 * (self.num_experts + 1) + 1, dtype=torch.int64)
 
-    def add(self, index: Tensor, skipped: Tensor, call: Call) -> None:
-        """Count a call's slots [T, K]; padding does not count."""
+    def of(self, call: Call, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """For a call with routing [T, K]: [2 * (E + 1)] counts of kept and skipped slots, and its tokens [T] that count.
+
+        Its tokens are counted here. None: all count.
+        """
         if self._counts.device != index.device:
             self._counts = self._counts.to(index.device)
         counts = self._counts[int(call.shape is not None and call.shape[1] == 1)]
-        place = index.clamp(max=self.num_experts) + skipped * (self.num_experts + 1)
-        if call.valid is not None and call.valid.numel() == len(index):
-            tokens = call.valid.reshape(-1, 1).to(index.device, torch.int64)
-            counts[-1] += tokens.sum()
-        else:
-            tokens = torch.ones_like(index[:, :1])
+        if call.valid is None or call.valid.numel() != len(index):
             counts[-1] += len(index)
-        counts.scatter_add_(0, place.flatten(), tokens.expand_as(place).flatten())
+            return counts[:-1], None
+        valid = call.valid.reshape(-1).to(index.device)
+        counts[-1] += valid.sum()
+        return counts[:-1], valid
+
+    def add(self, index: Tensor, skipped: Tensor, call: Call) -> None:
+        """Count a call's slots [T, K]; padding does not count."""
+        counts, valid = self.of(call, index)
+        place = index.clamp(max=self.num_experts) + skipped * (self.num_experts + 1)
+        each = torch.ones_like(place) if valid is None else valid[:, None].to(torch.int64).expand_as(place)
+        counts.scatter_add_(0, place.flatten(), each.flatten())
 
     def read(self, phase: int) -> dict[str, float]:
         """Sums of a phase: 0 for prefill, 1 for decode."""

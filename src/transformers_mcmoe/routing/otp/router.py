@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from transformers_mcmoe.kernels import cpu
 from transformers_mcmoe.routing.call import Call
 from transformers_mcmoe.routing.layer import LayerPruning
 from transformers_mcmoe.routing.ratios import sort_slots
@@ -50,6 +51,8 @@ class PrefixRouter(nn.Module):
             empty = torch.empty(shape, dtype=torch.uint8, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         self._is_hf_initialized = True  # transformers must not initialise bytes
+        self._matrices: tuple[Tensor, Tensor] | None = None
+        self._stamp: tuple[int, int] | None = None
 
     def store(self, hidden: Tensor, scores: Tensor) -> None:
         """Take over float matrices [rank, H + K + 2] and [K - 1, rank + K + 2], rounded to fp16."""
@@ -59,8 +62,11 @@ class PrefixRouter(nn.Module):
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """The two matrices in float32."""
-        first, second = self.hidden.data.view(torch.float16), self.scores.data.view(torch.float16)
-        return first.to(torch.float32), second.to(torch.float32)
+        stamp = (self.hidden.data_ptr(), self.scores.data_ptr())
+        if self._matrices is None or self._stamp != stamp:
+            first, second = self.hidden.data.view(torch.float16), self.scores.data.view(torch.float16)
+            self._matrices, self._stamp = (first.to(torch.float32), second.to(torch.float32)), stamp
+        return self._matrices
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         """Scores [T, K - 1] float32 of tokens [T, H] with routing weights [T, K], the largest first."""
@@ -188,3 +194,13 @@ class LearnedPruning(LayerPruning):
         beyond = torch.arange(index.shape[1], device=index.device) >= kept[:, None]
         chosen = torch.zeros_like(beyond).scatter(-1, order, beyond)
         return chosen & (index < self.counts.num_experts)
+
+    def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Expert ids and routing weights [T, K] after pruning; one call of the compiled kernels where they serve."""
+        graded = torch.is_grad_enabled() and weights.requires_grad
+        if self._skip is None or graded or torch.compiler.is_compiling() or not cpu.takes(x) or not cpu.library():
+            return super().__call__(x, index, weights)
+        counts, valid = self.counts.of(self._call, index)
+        return cpu.keep_prefixes(
+            x, index, weights, self.router.matrices(), self.shift, self._skip, self.renormalize, counts, valid
+        )
