@@ -260,20 +260,27 @@ def timed(model: Any) -> Iterator[list[float]]:
 
 def speed(options: argparse.Namespace, model: Any, bits: float) -> None:
     """Prefill and decoding of random tokens with and without pruning, in turns."""
-    settings: dict[str, ODPConfig | None] = {"no pruning": None}
+    settings: dict[str, ODPConfig | float | None] = {"no pruning": None}
     settings["nothing skipped, tokens ranked"] = ODPConfig(threshold=0)
     for rate in options.rates:
         settings |= {f"ODP {100 * rate:.0f} %": ODPConfig(rate=rate)}
         settings |= {f"threshold alone {100 * rate:.0f} %": ODPConfig(rate=rate, protect=0)}
     seen: dict[tuple[str, str], list[tuple[float, float, float, float]]] = {}
     vocabulary = model.get_input_embeddings().weight.shape[0]
+    # what the routers decide does not matter here
+    random = torch.randint(0, vocabulary, (4, 64), generator=torch.Generator().manual_seed(1))
+    train_expert_pruning(model, random, 0.15, options=OTPConfig(objective="layers"), num_samples=4, seq_len=64)
+    settings["OTP 15 %"] = 0.15
     test = torch.randint(
         0, vocabulary, (options.context + options.new_tokens,), generator=torch.Generator().manual_seed(0)
     )
     ids = test[: options.context][None]
     for _ in range(options.rounds):
         for name, odp in settings.items():
-            set_expert_pruning(model, odp or False)
+            if isinstance(odp, float):
+                set_expert_pruning(model, otp=odp)
+            else:
+                set_expert_pruning(model, odp or False)
             for phase in ("prefill", "decode"):
                 with torch.no_grad(), timed(model) as inside:
                     if phase == "prefill":

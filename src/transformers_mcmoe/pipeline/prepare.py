@@ -55,7 +55,11 @@ def prepare(structure: Structure, config: MCMoEConfig) -> tuple[dict[str, int], 
         _check_at_least(config, sizes, found)
         budgets = dict(zip(structure.experts, found, strict=True))
     needed = config.plan is None or config.rounding != "nearest"
-    return budgets, tokens_for(structure.model, config) if needed else None
+    learns = isinstance(config.otp, OTPConfig)
+    tokens = tokens_for(structure.model, config) if needed or learns else None
+    if learns and tokens is not None and len(tokens) < 2:
+        raise ValueError("otp needs two calibration sequences or more, one of them to stop its training by.")
+    return budgets, tokens if needed else None
 
 
 def tokens_for(model: Any, config: MCMoEConfig) -> Tensor:

@@ -58,7 +58,7 @@ class RouterTraining:
         """
         tokens = tokens[: max(2, self._otp.tokens // tokens.shape[1])]
         if len(tokens) < 2:
-            raise ValueError("Training needs two calibration sequences, one of them to stop by; the dataset gave one.")
+            raise ValueError("otp needs two calibration sequences or more, one of them to stop its training by.")
         tokens = tokens.to(self._model.get_input_embeddings().weight.device)
         held_out = max(1, round(HELD_OUT * len(tokens)))
         fitted, kept = self._batches(tokens[:-held_out]), self._batches(tokens[-held_out:])
