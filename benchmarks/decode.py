@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import here
+from pages import replace_part
 
 RESULTS = Path(__file__).parent / "results" / "decode.jsonl"
 # hidden size, inner size, experts, experts per token, attention heads, key and value heads
@@ -138,7 +139,11 @@ def main() -> None:
     parser.add_argument("--mode", default="exact", choices=["exact", "int8"])
     parser.add_argument("--folder", type=Path, help="keep the checkpoints here; used again if they are there")
     parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--docs", action="store_true", help="write docs/kernels.md from the rows, and stop")
     options = parser.parse_args()
+    if options.docs:
+        write_docs()
+        return
     cases = [[length, batch] for length in options.prompts for batch in options.batches]
     cases = [case for case in cases if case[0] * case[1] <= options.prompt_tokens]
     if options.run:
@@ -178,6 +183,37 @@ def _write(options: argparse.Namespace, measured: dict[tuple[str, int, int], lis
                 f"loaded, {row['peak_bytes'] / 1e9:.2f} GB peak",
                 flush=True,
             )
+
+
+def write_docs() -> None:
+    """The tables of docs/kernels.md: the newest row of each candidate, prompt and batch on each processor."""
+    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    newest = {(r.get("processor", "Xeon"), r["prompt"], r["batch"], r["candidate"], r["mode"]): r for r in rows}
+    parts: list[str] = []
+    for processor in dict.fromkeys(key[0] for key in newest):
+        own = [row for key, row in newest.items() if key[0] == processor]
+        first = own[0]
+        parts += [
+            f"### {processor} ({first['backend']}), {first['threads']} threads: {first['shape']}, {first['layers']} layers, "
+            f"{first['bits']} bits, {first['new_tokens']} new tokens, {first['rounds']} rounds, {first['date']}\n",
+            "| prompt, batch | | first token, s | s/token | tokens/s | times dense | loaded, GB | peak, GB |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        # dense models ran beside the packed one in either mode: each is compared with its own, one is shown
+        shown = [row for row in own if row["candidate"] == "packed" or row["mode"] == "exact"]
+        for row in sorted(shown, key=lambda r: (r["batch"], r["prompt"])):
+            same = [
+                r for r in own
+                if (r["prompt"], r["batch"], r["mode"], r["candidate"]) == (row["prompt"], row["batch"], row["mode"], "dense bf16")
+            ]  # fmt: skip
+            times = f"{row['tokens_per_s'] / same[0]['tokens_per_s']:.2f}" if same else ""
+            name = f"packed, {row['mode']}" if row["candidate"] == "packed" else row["candidate"]
+            parts.append(
+                f"| {row['prompt']:.0f}, {row['batch']:.0f} | {name} | {row['first_token_s']:.2f} | {row['token_s']:.3f} "
+                f"| {row['tokens_per_s']:.1f} | {times} | {row['load_bytes'] / 1e9:.1f} | {row['peak_bytes'] / 1e9:.1f} |"
+            )
+        parts.append("")
+    replace_part("kernels.md", "decode", parts)
 
 
 if __name__ == "__main__":
