@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import compressed, load, quick_config, save_dense, tokens
+from tiny import compressed, load, quick_config, relative_rms, save_dense, tokens
 from torch.nn import functional
 
 from transformers_mcmoe import (
@@ -229,6 +229,25 @@ class TestCheckpoints:
         with torch.no_grad():
             again(TEXT)
         assert expert_pruning_stats(again)["prefill"]["slots_skipped"] == pytest.approx(0.3, abs=0.04)
+
+    def test_on_disk(self, trained, tmp_path):
+        model, folder = trained
+        places = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu"}
+        places |= {"lm_head": "cpu", "model.rotary_emb": "cpu"}
+        again = load(folder, device_map=places, offload_folder=tmp_path)
+        with torch.no_grad():
+            for ids in (IDS, IDS[:, :1]):
+                assert relative_rms(again(ids).logits, model(ids).logits) < 1e-5
+
+    def test_dequantized_model_skips_the_same(self, trained):
+        _, folder = trained
+        model = load(folder)
+        with torch.no_grad():
+            expected = model(IDS).logits
+            skipped = expert_pruning_stats(model)["prefill"]["slots_skipped"]
+            dense = model.dequantize()
+            assert relative_rms(dense(IDS).logits, expected) < 1e-5
+        assert expert_pruning_stats(dense)["prefill"]["slots_skipped"] == skipped
 
     def test_routers_are_a_few_bytes_beside_the_experts(self, trained):
         model, folder = trained

@@ -44,7 +44,7 @@ from transformers_mcmoe.pruning import (
     with_thresholds,
 )
 from transformers_mcmoe.report import build_report, read_report, write_report
-from transformers_mcmoe.routing import ExpertPruning, PrefixRouter, attached, prunable_experts, set_router
+from transformers_mcmoe.routing import ROUTER, ExpertPruning, PrefixRouter, attached, prunable_experts, set_router
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +192,9 @@ class MCMoEHfQuantizer(HfQuantizer):
             pruning.detach()
         for path, module in list(model.named_modules()):
             if isinstance(module, PackedExperts):
-                model.set_submodule(path, module.restore(dtype))
+                dense = module.restore(dtype)
+                set_router(dense, module._modules.get(ROUTER))  # type: ignore[arg-type]
+                model.set_submodule(path, dense)
         for path, module in list(model.named_modules()):
             if isinstance(module, PackedLinear):
                 model.set_submodule(path, _dense_linear(module, dtype))

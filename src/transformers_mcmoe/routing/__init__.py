@@ -6,6 +6,7 @@
 """
 
 from transformers_mcmoe.routing.attach import (
+    ROUTER,
     ExpertPruning,
     attached,
     check_learnable,
@@ -36,6 +37,7 @@ from transformers_mcmoe.routing.otp import (
 from transformers_mcmoe.routing.ratios import RatioTable, RoutingRatios, sort_slots
 
 __all__ = [
+    "ROUTER",
     "ExpertPruning",
     "LayerPruning",
     "LearnedPruning",

@@ -207,7 +207,7 @@ def routers_of(model: Any, found: Mapping[str, FusedExperts]) -> dict[str, Prefi
 def set_router(module: nn.Module, router: PrefixRouter | None) -> None:
     """Give an experts module its router, or take it away. It is saved with packed experts, and with no others."""
     if not isinstance(module, PackedExperts):
-        module.__dict__[ROUTER] = router
+        module.__dict__[ROUTER] = router  # no submodule: plain transformers would save it
     elif router is not None:
         module.add_module(ROUTER, router)
     else:

@@ -61,7 +61,9 @@ class PrefixRouter(nn.Module):
             setattr(self, name, nn.Parameter(half.to(getattr(self, name).device), requires_grad=False))
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """The two matrices in float32."""
+        """The two matrices in float32, kept: where accelerate has the bytes on disk, from the last `forward` on."""
+        if self.hidden.is_meta and self._matrices is not None:
+            return self._matrices
         stamp = (self.hidden.data_ptr(), self.scores.data_ptr())
         if self._matrices is None or self._stamp != stamp:
             first, second = self.hidden.data.view(torch.float16), self.scores.data.view(torch.float16)
@@ -198,7 +200,8 @@ class LearnedPruning(LayerPruning):
     def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids and routing weights [T, K] after pruning; one call of the compiled kernels where they serve."""
         graded = torch.is_grad_enabled() and weights.requires_grad
-        if self._skip is None or graded or torch.compiler.is_compiling() or not cpu.takes(x) or not cpu.library():
+        served = cpu.takes(x) and cpu.library() is not None and not torch.compiler.is_compiling()
+        if self._skip is None or graded or not served or self.router.hidden.is_meta:
             return super().__call__(x, index, weights)
         counts, valid = self.counts.of(self._call, index)
         return cpu.keep_prefixes(

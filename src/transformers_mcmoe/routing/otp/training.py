@@ -56,6 +56,11 @@ class RouterTraining:
         Raises:
             ValueError: there is one sequence only; tokens have one expert each; or more is asked for than can be skipped.
         """
+        if self._otp.objective == "logits" and self._model.get_output_embeddings() is None:
+            raise ValueError(
+                f"{type(self._model).__name__} has no output head, which objective='logits' needs; load the model with it, or "
+                "use OTPConfig(objective='layers')."
+            )
         tokens = tokens[: max(2, self._otp.tokens // tokens.shape[1])]
         if len(tokens) < 2:
             raise ValueError("otp needs two calibration sequences or more, one of them to stop its training by.")
