@@ -35,8 +35,9 @@ from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.nn import PackedExperts, PackedLinear
 from transformers_mcmoe.pipeline import Compressed, compress, unread_patterns
 from transformers_mcmoe.pipeline.prepare import tokens_for
-from transformers_mcmoe.plan import Plan, average_bits, under_prefix
+from transformers_mcmoe.plan import Plan, average_bits
 from transformers_mcmoe.pruning import (
+    add_routers,
     recorded_ratios,
     start_expert_pruning,
     start_learned_pruning,
@@ -44,7 +45,7 @@ from transformers_mcmoe.pruning import (
     with_thresholds,
 )
 from transformers_mcmoe.report import build_report, read_report, write_report
-from transformers_mcmoe.routing import ROUTER, ExpertPruning, PrefixRouter, attached, prunable_experts, set_router
+from transformers_mcmoe.routing import ROUTER, ExpertPruning, attached, set_router
 
 logger = logging.getLogger(__name__)
 
@@ -242,16 +243,6 @@ def replace_modules(model: Any, structure: Structure, plan: Plan, group_size: in
                         _pack_linear(model, name, widths.of_role(p.role)[expert], group_size)
         for path, bits in plan.linears.items():
             _pack_linear(model, path, bits, group_size)
-
-
-def add_routers(model: Any, otp: OTPConfig) -> None:
-    """Give packed experts the empty pruning routers, on meta, that a checkpoint has tensors for."""
-    normalized = otp.normalized or {}
-    found = prunable_experts(model)
-    for path in under_prefix(normalized, normalized, found, model.base_model_prefix):
-        if path in found:
-            hidden = found[path].projections[0].in_features
-            set_router(model.get_submodule(path), PrefixRouter(hidden, otp.slots or 0, otp.rank, "meta"))
 
 
 def asked_pruning(config: MCMoEConfig) -> tuple[ODPConfig | None, OTPConfig | None]:

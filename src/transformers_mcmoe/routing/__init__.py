@@ -2,28 +2,14 @@
 """Which of the experts that a router chose a token really runs: dynamic expert pruning at run time.
 
 `ratios` counts routing weights in calibration and reads thresholds from the counts, `importance` ranks tokens; `odp` and
-`otp` are rules that decide in one layer, `layer` is what rules have in common, `attach` puts them into a model.
+`otp` are rules that decide in one layer, `layer` is what rules have in common. `prunable` says what of a model can be pruned,
+`observe` counts its routing, `attach` puts a rule into it.
 """
 
-from transformers_mcmoe.routing.attach import (
-    ROUTER,
-    ExpertPruning,
-    attached,
-    check_learnable,
-    check_prunable,
-    check_top_k,
-    chosen_layers,
-    expert_bytes,
-    observe_routing,
-    prunable_experts,
-    record_routing,
-    reroute,
-    routers_of,
-    routing_arguments,
-    set_router,
-)
+from transformers_mcmoe.routing.attach import ExpertPruning, attached, reroute
 from transformers_mcmoe.routing.importance import attention_received
 from transformers_mcmoe.routing.layer import LayerPruning, reweighted
+from transformers_mcmoe.routing.observe import observe_routing, record_routing, routing_arguments
 from transformers_mcmoe.routing.odp import ThresholdPruning
 from transformers_mcmoe.routing.otp import (
     LearnedPruning,
@@ -33,6 +19,17 @@ from transformers_mcmoe.routing.otp import (
     prefix_scores,
     routing_features,
     sampled_mask,
+)
+from transformers_mcmoe.routing.prunable import (
+    ROUTER,
+    check_learnable,
+    check_prunable,
+    check_top_k,
+    chosen_layers,
+    expert_bytes,
+    prunable_experts,
+    routers_of,
+    set_router,
 )
 from transformers_mcmoe.routing.ratios import RatioTable, RoutingRatios, sort_slots
 

@@ -1,71 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """Puts expert pruning between the routers and the experts of a model, packed or not, and takes it out again.
 
-Knows modules and hooks; which slots are skipped is decided elsewhere (`odp`), and thresholds are given.
+Knows modules and hooks; which slots are skipped is decided elsewhere (`odp`, `otp`), and thresholds and routers are given.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from transformers_mcmoe.config import ODPConfig, OTPConfig
 from transformers_mcmoe.models.experts import (
-    Experts,
     FusedExperts,
-    find_experts,
     is_attention,
     layer_of,
-    routes_outside,
     stacks_of,
 )
 from transformers_mcmoe.nn import PackedExperts
 from transformers_mcmoe.routing.call import Call
 from transformers_mcmoe.routing.importance import IMPLEMENTATIONS, RECORDER, TokenImportance
 from transformers_mcmoe.routing.layer import LayerPruning
+from transformers_mcmoe.routing.observe import routing_arguments
 from transformers_mcmoe.routing.odp import ThresholdPruning
-from transformers_mcmoe.routing.otp import LearnedPruning, PrefixRouter
-from transformers_mcmoe.routing.ratios import RoutingRatios
+from transformers_mcmoe.routing.otp import LearnedPruning
+from transformers_mcmoe.routing.prunable import (
+    base_implementation,
+    bytes_of,
+    check_attention,
+    chosen_layers,
+    prunable_experts,
+    routers_of,
+)
 
 # attribute of a pruned model: its `ExpertPruning`
 ATTRIBUTE = "mcmoe_expert_pruning"
-# attribute of an experts module: its trained `PrefixRouter`
-ROUTER = "otp"
 # options that skip nothing
 _COUNT = ODPConfig(threshold=0, protect=0, renormalize=False)
-# names that model configs have for K
-TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
-
-
-def prunable_experts(model: nn.Module) -> dict[str, FusedExperts]:
-    """Adapters of all experts modules, packed ones included, by path.
-
-    Raises:
-        ValueError: the model has no experts, or their routing cannot be changed: it is applied outside of them, or
-            each token has a single expert.
-    """
-    packed = {path: module.adapter for path, module in model.named_modules() if isinstance(module, PackedExperts)}
-    found: dict[str, Experts] = {**packed, **find_experts(model, skip=PackedExperts, required=not packed)}
-    for path, experts in found.items():
-        if routes_outside(experts):
-            raise ValueError(
-                f"The experts of class {type(experts.module).__name__} at '{path}' are not handed their routing weights; "
-                "expert pruning is not available for this model."
-            )
-    return dict(sorted(found.items(), key=lambda item: layer_of(item[0])))  # type: ignore[arg-type]
-
-
-def check_top_k(slots: int, path: str) -> None:
-    """Raise ValueError where a token has one expert only."""
-    if slots < 2:
-        raise ValueError(
-            f"The router of '{path}' sends each token to one expert, and one is always kept; "
-            "expert pruning needs a model with two experts per token or more, leave odp out."
-        )
+Rule = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class ExpertPruning:
@@ -110,7 +83,7 @@ class ExpertPruning:
     def _attach_thresholds(self, found: Mapping[str, FusedExperts], odp: ODPConfig) -> None:
         chosen = _with_thresholds(chosen_layers(found, odp), odp)
         if odp.needs_attention:
-            _check_attention(self._model, chosen)
+            check_attention(self._model, chosen)
         ranks = odp.needs_attention or odp.method in ("mean", "variance", "kurtosis")
         repeatable = not ranks and odp.method != "random"
         calls = {stack: self._follow_calls(stack, ranks, repeatable) for stack in stacks_of(found)}
@@ -128,7 +101,7 @@ class ExpertPruning:
         """Bytes of each expert, and the id that stands for none, if the module knows one."""
         module = self._model.get_submodule(path)
         none = experts.num_experts + experts.identity_experts if isinstance(module, PackedExperts) else None
-        return _bytes(module, experts), none
+        return bytes_of(module, experts), none
 
     def _attach(self, path: str, experts: FusedExperts, pruning: LayerPruning) -> None:
         self.layers[path] = pruning
@@ -166,7 +139,7 @@ class ExpertPruning:
         """Let attention run under the function that also records."""
         configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
         for config in configs.values():
-            current = _base_implementation(config)
+            current = base_implementation(config)
             config._attn_implementation = IMPLEMENTATIONS[current]
             self._attentions.append((config, current))
 
@@ -189,46 +162,6 @@ def attached(model: Any) -> ExpertPruning | None:
     return getattr(model, ATTRIBUTE, None)
 
 
-def routers_of(model: Any, found: Mapping[str, FusedExperts]) -> dict[str, PrefixRouter]:
-    """The trained routers of a model, by experts path; experts that were not compressed may have none.
-
-    Raises:
-        ValueError: no experts module has one.
-    """
-    known = {path: getattr(model.get_submodule(path), ROUTER, None) for path in found}
-    routers = {path: router for path, router in known.items() if isinstance(router, PrefixRouter)}
-    if not routers:
-        raise ValueError(
-            "This model has no pruning routers; train them with train_expert_pruning(model, dataset, target=0.2)."
-        )
-    return routers
-
-
-def set_router(module: nn.Module, router: PrefixRouter | None) -> None:
-    """Give an experts module its router, or take it away. It is saved with packed experts, and with no others."""
-    if not isinstance(module, PackedExperts):
-        module.__dict__[ROUTER] = router  # no submodule: plain transformers would save it
-    elif router is not None:
-        module.add_module(ROUTER, router)
-    else:
-        module._modules.pop(ROUTER, None)
-
-
-def chosen_layers(found: Mapping[str, FusedExperts], odp: ODPConfig) -> list[str]:
-    """Experts paths in the decoder layers that the options name; all for "auto".
-
-    Raises:
-        ValueError: a layer has no experts.
-    """
-    if isinstance(odp.layers, str):
-        return list(found)
-    numbers = {layer_of(path)[1] for path in found}
-    unknown = [number for number in odp.layers if number not in numbers]
-    if unknown:
-        raise ValueError(f"layers={list(odp.layers)} is not valid: layer {unknown[0]} has no experts.")
-    return [path for path in found if layer_of(path)[1] in odp.layers]
-
-
 def _with_thresholds(paths: Sequence[str], odp: ODPConfig) -> list[str]:
     """Those of the paths that thresholds were found for; experts that were not compressed have none.
 
@@ -247,89 +180,6 @@ def _layer(path: str) -> str:
     return ".".join(map(str, layer_of(path)))
 
 
-@contextmanager
-def observe_routing(model: Any) -> Iterator[dict[str, RoutingRatios]]:
-    """While open, every call of the model adds to what is known of its routing, by experts path."""
-    found = prunable_experts(model)
-    ratios = {path: RoutingRatios(experts.num_experts) for path, experts in found.items()}
-    with ExitStack() as stack:
-        for path, experts in found.items():
-            stack.enter_context(record_routing(model.get_submodule(path), experts, ratios[path]))
-        yield ratios
-
-
-@contextmanager
-def record_routing(module: nn.Module, experts: Experts, ratios: RoutingRatios) -> Iterator[None]:
-    """While open, every call of an experts module is counted; nothing is where it is not handed its routing."""
-    if routes_outside(experts):
-        yield
-        return
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _, index, weights = experts.route(*routing_arguments(experts, args, kwargs))  # type: ignore[attr-defined]
-        ratios.add(index, weights)
-
-    with module.register_forward_pre_hook(hook, with_kwargs=True):
-        yield
-
-
-def slots_of(model: Any) -> int | None:
-    """K, the experts per token, as the model's config says; None if it does not say so by one of the usual names."""
-    config = model.config.get_text_config()
-    return next((slots for name in TOP_K if isinstance(slots := getattr(config, name, None), int)), None)
-
-
-def check_learnable(model: Any, otp: OTPConfig) -> None:
-    """Raise ValueError if a model cannot be pruned by routers that skip the wanted share, before anything is run."""
-    found = prunable_experts(model)
-    if (slots := slots_of(model)) is not None:
-        check_top_k(slots, next(iter(found)))
-        if otp.target is not None and otp.target > (slots - 1) / slots:
-            raise ValueError(
-                f"target={otp.target} cannot be met: a token keeps one of its {slots} experts at least, so at most "
-                f"{(slots - 1) / slots:.2f} of the routed slots can be skipped; lower it."
-            )
-
-
-def check_prunable(model: Any, odp: ODPConfig) -> None:
-    """Raise ValueError if a model cannot be pruned with these options, before anything is run.
-
-    Whether a token has one expert only is read from the model's config, where it has one of the usual names.
-    """
-    found = prunable_experts(model)
-    chosen_layers(found, odp)
-    if (slots := slots_of(model)) is not None:
-        check_top_k(slots, next(iter(found)))
-        most = (1 - odp.protect) * (slots - 1) / slots  # type: ignore[operator]
-        if odp.rate is not None and odp.rate > most + odp.drop_all:
-            raise ValueError(
-                f"rate={odp.rate} cannot be met: with {slots} experts per token and protect={odp.protect} about "
-                f"{most:.2f} of the routed bytes can be skipped; lower it."
-            )
-    if odp.needs_attention:
-        _check_attention(model, found)
-
-
-def _check_attention(model: Any, paths: Iterable[str]) -> None:
-    """Raise ValueError where tokens cannot be ranked by attention."""
-    modules = [module for stack in stacks_of(paths) for module in model.get_submodule(stack).modules()]
-    attentions = [module for module in modules if is_attention(module)]
-    if not attentions:
-        raise ValueError(f"{type(model).__name__} has no attention to rank tokens by; set protect=0 and drop_all=0.")
-    for module in attentions:
-        if hasattr(module, "config") and (current := _base_implementation(module.config)) not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"attn_implementation={current!r} does not give the attention that tokens receive; load the model "
-                f"with one of {tuple(IMPLEMENTATIONS)}, or set protect=0."
-            )
-
-
-def _base_implementation(config: Any) -> str:
-    """What a model computes attention with, without what is put around it here."""
-    current = config._attn_implementation or "eager"
-    return next((name for name, ours in IMPLEMENTATIONS.items() if ours == current), current)
-
-
 def _attention_before(model: Any, layer: str) -> list[nn.Module]:
     """Softmax attention modules of a decoder layer, or of the last layer before it that has any."""
     stack, number = layer_of(layer)
@@ -338,28 +188,6 @@ def _attention_before(model: Any, layer: str) -> list[nn.Module]:
         if modules:
             return modules
     return []
-
-
-def expert_bytes(model: nn.Module) -> dict[str, list[float]]:
-    """Bytes of every expert, by experts path."""
-    return {path: _bytes(model.get_submodule(path), experts) for path, experts in prunable_experts(model).items()}
-
-
-def _bytes(module: nn.Module, experts: FusedExperts) -> list[float]:
-    if isinstance(module, PackedExperts):
-        return module.expert_bytes()
-    size = sum(p.out_features * p.in_features for p in experts.projections)
-    itemsize = next(experts.module.parameters()).element_size()
-    return [float(size * itemsize)] * experts.num_experts
-
-
-def routing_arguments(experts: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-    """A call's arguments in their order."""
-    signature = inspect.signature(type(experts.module).forward)
-    return signature.bind(experts.module, *args, **kwargs).args[1:]
-
-
-Rule = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def reroute(module: nn.Module, experts: FusedExperts, rule: Rule) -> Any:
