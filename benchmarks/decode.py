@@ -10,7 +10,6 @@ results/decode.jsonl. Load, machine and instruction set are in each row.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -22,6 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from machine import here
+from pages import replace_part
+
 RESULTS = Path(__file__).parent / "results" / "decode.jsonl"
 # hidden size, inner size, experts, experts per token, attention heads, key and value heads
 SHAPES = {
@@ -30,6 +32,7 @@ SHAPES = {
 }
 VOCABULARY = 8192
 NEW_TOKENS = 128
+CANDIDATES = ["dense bf16", "packed", "dense, equal bytes", "dense, equal active"]
 
 
 def config_of(shape: str, layers: int, inner: int | None = None) -> Any:
@@ -83,7 +86,7 @@ def anonymous() -> int:
 def run(folder: str, cases: list[list[int]], threads: int) -> None:
     """One candidate: generate for every (prompt length, batch), and print a JSON line each."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, StoppingCriteria
 
     import transformers_mcmoe
 
@@ -103,24 +106,17 @@ def run(folder: str, cases: list[list[int]], threads: int) -> None:
         ids = torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
         times: list[float] = []
 
-        class Clock:
-            def put(self, value: Any, times: list[float] = times) -> None:
-                times.append(time.perf_counter())
+        class Clock(StoppingCriteria):
+            """Is asked after each token, and never stops."""
 
-            def end(self) -> None:
-                pass
+            def __call__(self, ids: Any, scores: Any, times: list[float] = times, **kwargs: Any) -> Any:
+                times.append(time.perf_counter())
+                return torch.zeros(len(ids), dtype=torch.bool)
 
         peak[0] = 0
         started = time.perf_counter()
-        if batch == 1:
-            model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, streamer=Clock())
-            first, last = times[1] - started, times[-1] - times[1]  # the first call hands over the prompt
-        else:
-            model.generate(ids, max_new_tokens=1, do_sample=False, eos_token_id=None)
-            first = time.perf_counter() - started
-            started = time.perf_counter()
-            model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
-            last = time.perf_counter() - started - first
+        model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, stopping_criteria=[Clock()])
+        first, last = times[0] - started, times[-1] - times[0]
         row = {"first_token_s": first, "token_s": last / (NEW_TOKENS - 1)}
         row |= {"tokens_per_s": batch * (NEW_TOKENS - 1) / last, "load_bytes": loaded, "peak_bytes": peak[0]}
         row["backend"] = transformers_mcmoe.backend_info()["instruction_set"]
@@ -136,13 +132,20 @@ def main() -> None:
     parser.add_argument("--bits", type=float, default=2.54)
     parser.add_argument("--prompts", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16])
+    parser.add_argument("--prompt-tokens", type=int, default=65536, help="leave out cases of more, prompt times batch")
+    parser.add_argument("--candidates", nargs="+", default=CANDIDATES, choices=CANDIDATES)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mode", default="exact", choices=["exact", "int8"])
     parser.add_argument("--folder", type=Path, help="keep the checkpoints here; used again if they are there")
     parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--docs", action="store_true", help="write docs/kernels.md from the rows, and stop")
     options = parser.parse_args()
+    if options.docs:
+        write_docs()
+        return
     cases = [[length, batch] for length in options.prompts for batch in options.batches]
+    cases = [case for case in cases if case[0] * case[1] <= options.prompt_tokens]
     if options.run:
         run(options.run, cases, options.threads)
         return
@@ -150,10 +153,9 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         if not (folder / "dense, equal active").is_dir():
             build(folder, options.shape, options.layers, options.bits)
-        names = ["dense bf16", "packed", "dense, equal bytes", "dense, equal active"]
         measured: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
         for _ in range(options.rounds):
-            for name in names:
+            for name in options.candidates:
                 command = [sys.executable, __file__, *sys.argv[1:], "--run", str(folder / name)]
                 env = os.environ | {"MCMOE_MODE": options.mode, "OMP_NUM_THREADS": str(options.threads)}
                 done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
@@ -172,8 +174,7 @@ def _write(options: argparse.Namespace, measured: dict[tuple[str, int, int], lis
                 "shape": options.shape, "layers": options.layers, "candidate": name, "bits": options.bits,
                 "mode": options.mode, "prompt": prompt, "batch": batch, "new_tokens": NEW_TOKENS,
                 "threads": options.threads, "rounds": len(rows), **{k: round(v, 5) for k, v in median.items()},
-                "backend": rows[0]["backend"], "load": round(os.getloadavg()[0], 1), "cpus": os.cpu_count(),
-                "date": datetime.date.today().isoformat(),
+                "backend": rows[0]["backend"], **here(),
             }  # fmt: skip
             file.write(json.dumps(row) + "\n")
             print(
@@ -182,6 +183,37 @@ def _write(options: argparse.Namespace, measured: dict[tuple[str, int, int], lis
                 f"loaded, {row['peak_bytes'] / 1e9:.2f} GB peak",
                 flush=True,
             )
+
+
+def write_docs() -> None:
+    """The tables of docs/kernels.md: the newest row of each candidate, prompt and batch on each processor."""
+    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    newest = {(r.get("processor", "Xeon"), r["prompt"], r["batch"], r["candidate"], r["mode"]): r for r in rows}
+    parts: list[str] = []
+    for processor in dict.fromkeys(key[0] for key in newest):
+        own = [row for key, row in newest.items() if key[0] == processor]
+        first = own[0]
+        parts += [
+            f"### {processor} ({first['backend']}), {first['threads']} threads: {first['shape']}, {first['layers']} layers, "
+            f"{first['bits']} bits, {first['new_tokens']} new tokens, {first['rounds']} rounds, {first['date']}\n",
+            "| prompt, batch | | first token, s | s/token | tokens/s | times dense | loaded, GB | peak, GB |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        # dense models ran beside the packed one in either mode: each is compared with its own, one is shown
+        shown = [row for row in own if row["candidate"] == "packed" or row["mode"] == "exact"]
+        for row in sorted(shown, key=lambda r: (r["batch"], r["prompt"])):
+            same = [
+                r for r in own
+                if (r["prompt"], r["batch"], r["mode"], r["candidate"]) == (row["prompt"], row["batch"], row["mode"], "dense bf16")
+            ]  # fmt: skip
+            times = f"{row['tokens_per_s'] / same[0]['tokens_per_s']:.2f}" if same else ""
+            name = f"packed, {row['mode']}" if row["candidate"] == "packed" else row["candidate"]
+            parts.append(
+                f"| {row['prompt']:.0f}, {row['batch']:.0f} | {name} | {row['first_token_s']:.2f} | {row['token_s']:.3f} "
+                f"| {row['tokens_per_s']:.1f} | {times} | {row['load_bytes'] / 1e9:.1f} | {row['peak_bytes'] / 1e9:.1f} |"
+            )
+        parts.append("")
+    replace_part("kernels.md", "decode", parts)
 
 
 if __name__ == "__main__":

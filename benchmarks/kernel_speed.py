@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import importlib.util
 import json
 import os
-import platform
 import random
 import statistics
 import time
@@ -23,6 +21,8 @@ from pathlib import Path
 
 import torch
 from ggml import TYPES, Ggml, find
+from machine import here
+from pages import replace_part
 from torch.nn import functional
 
 from transformers_mcmoe.kernels import cpu
@@ -135,7 +135,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="per candidate")
     parser.add_argument("--ggml", type=Path, default=find(), help="folder of libggml-cpu; default: llama-cpp-python's")
     parser.add_argument("--bits", type=int, nargs="+", default=[1, 2, 3, 4], help="widths of ours")
+    parser.add_argument("--docs", action="store_true", help="write docs/kernels.md from the rows, and stop")
     options = parser.parse_args()
+    if options.docs:
+        write_docs()
+        return
     torch.set_num_threads(options.threads)
     for name in options.shapes:
         columns, rows = SHAPES[name]
@@ -195,10 +199,7 @@ def _measure(
             "rounds": rounds,
             "instruction_set": cpu.instruction_set(),
             "torch": torch.__version__,
-            "load": round(os.getloadavg()[0], 1),
-            "cpus": os.cpu_count(),
-            "processor": _processor(),
-            "date": datetime.date.today().isoformat(),
+            **here(),
         }
         if key.startswith("ours"):
             plain = statistics.median(candidates[f"read {key.split()[1]} bits"].seconds)
@@ -214,12 +215,46 @@ def _measure(
         )
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+def write_docs() -> None:
+    """The tables of docs/kernels.md: the newest row of each candidate on each processor."""
+    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    newest = {(r["processor"], r["shape"], r["tokens"], r["threads"], r["candidate"]): r for r in rows}
+    parts: list[str] = []
+    for processor in dict.fromkeys(key[0] for key in newest):
+        own = {key[1:]: row for key, row in newest.items() if key[0] == processor}
+        first = next(iter(own.values()))
+        parts += [
+            f"### {processor} ({first['instruction_set']}), {first['cpus']} cores, {first['date']}\n",
+            "| shape, bits | 1 token: int8 | exact | llama.cpp | hqq | plain read | int8, share of the read "
+            "| 8 tokens: int8 | exact | 512 tokens: int8 | exact | llama.cpp |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for shape in dict.fromkeys(key[0] for key in own):
+            columns, width = SHAPES[shape]
+            for bits in (1, 2, 3, 4):
+                if (shape, 1, 1, f"ours {bits} bits int8") in own:
+                    parts.append(f"| {shape} ({columns} -> {width}), {bits} | {_line(own, shape, bits)} |")
+        parts.append("")
+    replace_part("kernels.md", "kernel_speed", parts)
+
+
+def _line(rows: dict[tuple, dict], shape: str, bits: int) -> str:
+    """Cells of one shape and width on one processor, one thread."""
+
+    def times(tokens: int, *candidates: str) -> str:
+        found = [rows[key]["times_torch_bf16"] for name in candidates if (key := (shape, tokens, 1, name)) in rows]
+        return f"{max(found):.2f}" if found else ""
+
+    ours, kind = f"ours {bits} bits", {2: "Q2_K", 3: "Q3_K", 4: "Q4_K"}.get(bits, "")
+    llama = [f"llama.cpp {kind}{layout}" for layout in ("", " CPU_REPACK", " AMX")]
+    return " | ".join(
+        [
+            times(1, f"{ours} int8"), times(1, f"{ours} exact"), times(1, *llama), times(1, f"hqq {bits} bits"),
+            times(1, f"read {bits} bits"), f"{rows[shape, 1, 1, f'{ours} int8']['share_of_read']:.2f}",
+            times(8, f"{ours} int8"), times(8, f"{ours} exact"), times(512, f"{ours} int8"), times(512, f"{ours} exact"),
+            times(512, *llama),
+        ]
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -8,10 +8,7 @@ bound of docs/streaming.md: 4 decoder layers + embeddings + the documented const
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -19,6 +16,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from machine import here
 
 RESULTS = Path(__file__).parent / "results" / "memory.jsonl"
 SHAPE = {
@@ -135,10 +134,7 @@ def main() -> None:
             "layers": layers,
             "allocation": options.allocation,
             "tokens": options.samples * options.seq_len,
-            "load": round(os.getloadavg()[0], 1),
-            "cpus": os.cpu_count(),
-            "machine": platform.machine(),
-            "date": datetime.date.today().isoformat(),
+            **here(),
         }
         rows.append(row)
         print(

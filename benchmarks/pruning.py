@@ -3,15 +3,14 @@
 
 Quality: perplexity, and KL divergence to the dense model and to the packed model without pruning, on text that
 calibration never saw, for every method at equal shares of skipped expert bytes, for a sweep of thresholds and protected
-shares, and for several lengths; protected tokens are chosen from whole windows, as the paper does, and causally, as in
-decoding. Time: prefill and decoding with and without pruning in turns, experts timed apart. Rows go to
-results/pruning.jsonl; `--docs` writes docs/pruning.md from them.
+shares, for several lengths, for prompts cut into chunks, and for trained routers; protected tokens are chosen from whole
+windows, as the paper does, and causally, as in decoding. Time: prefill and decoding with and without pruning in turns,
+experts timed apart. Rows go to results/pruning.jsonl; `--docs` writes docs/pruning.md from them.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -23,15 +22,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from machine import here
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from transformers_mcmoe import (
     ODPConfig,
+    OTPConfig,
     PackedExperts,
     backend_info,
     compression_report,
     expert_pruning_stats,
     set_expert_pruning,
+    train_expert_pruning,
 )
 from transformers_mcmoe.evaluation import evaluate
 
@@ -40,12 +42,12 @@ DOCS = Path(__file__).parent.parent / "docs" / "pruning.md"
 DROP = 0.02  # share of tokens that "drop_all" lets skip everything
 
 
-class Remembered(torch.nn.Module):
-    """A model whose logits are computed once per window."""
+class Wrapped(torch.nn.Module):
+    """What `evaluate` wants to know of a model."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model, self.config, self.known = model, model.config, {}
+        self.model, self.config = model, model.config
 
     dtype = property(lambda self: self.model.dtype)
     device = property(lambda self: self.model.device)
@@ -55,6 +57,28 @@ class Remembered(torch.nn.Module):
 
     def get_output_embeddings(self) -> Any:
         return self.model.get_output_embeddings()
+
+
+class Chunked(Wrapped):
+    """A model that is handed each window in chunks, over a cache, as a server with chunked prefill does."""
+
+    def __init__(self, model: Any, size: int) -> None:
+        super().__init__(model)
+        self.size = size
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        cache, logits = DynamicCache(config=self.config), []
+        for chunk in input_ids.split(self.size, dim=1):
+            logits.append(self.model(input_ids=chunk, past_key_values=cache, use_cache=True).logits)
+        return SimpleNamespace(logits=torch.cat(logits, dim=1))
+
+
+class Remembered(Wrapped):
+    """A model whose logits are computed once per window."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.known: dict[bytes, torch.Tensor] = {}
 
     def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         key = input_ids.numpy().tobytes()
@@ -86,38 +110,63 @@ def causal_too(odp: ODPConfig) -> list[ODPConfig]:
     return [odp, ODPConfig(**(data | {"causal": True}))] if _ranks(data) else [odp]
 
 
-def equalized(model: Any, test: torch.Tensor, odp: ODPConfig, context: int) -> ODPConfig:
+def equalized(model: Any, test: torch.Tensor, odp: ODPConfig, context: int, unit: str) -> ODPConfig:
     """The options with the rate that gives the share asked for on the text measured, where layers before are pruned, too."""
     if odp.rate is None or odp.method == "random":
         return odp
-    options = odp
+    wanted, options = odp.rate, odp
     for _ in range(3):
         set_expert_pruning(model, options)
-        with torch.no_grad():
-            for start in (0, len(test) // 2):
-                model(test[start : start + context][None], use_cache=False, logits_to_keep=1)
-        seen = expert_pruning_stats(model)["prefill"]["bytes_skipped"]
-        options = ODPConfig(**(odp.to_dict() | {"rate": options.rate * odp.rate / seen}))
+        options = ODPConfig(**(odp.to_dict() | {"rate": options.rate * wanted / _share(model, test, context, unit)}))
     return options
 
 
-def measure(model: Any, dense: Any, test: torch.Tensor, odp: ODPConfig | None, context: int, windows: int) -> dict:
-    """Scores and shares of one setting."""
-    odp = odp and equalized(model, test, odp, context)
-    set_expert_pruning(model, odp or False)
+def equalized_target(model: Any, test: torch.Tensor, target: float, context: int) -> float:
+    """The target of trained routers that gives this share of slots on the text measured."""
+    asked = target
+    for _ in range(3):
+        set_expert_pruning(model, otp=asked)
+        asked *= target / _share(model, test, context, "slots_skipped")
+    return asked
+
+
+def _share(model: Any, test: torch.Tensor, context: int, unit: str) -> float:
+    with torch.no_grad():
+        for start in (0, len(test) // 2):
+            model(test[start : start + context][None], use_cache=False, logits_to_keep=1)
+    return expert_pruning_stats(model)["prefill"][unit]
+
+
+def measure(
+    model: Any,
+    dense: Any,
+    test: torch.Tensor,
+    odp: ODPConfig | float | None,
+    context: int,
+    windows: int,
+    chunk: int = 0,
+    unit: str = "bytes_skipped",
+) -> dict:
+    """Scores and shares of one setting, a number for trained routers; windows are cut into chunks where a size is given."""
+    if isinstance(odp, float):
+        set_expert_pruning(model, otp=equalized_target(model, test, odp, context))
+    else:
+        set_expert_pruning(model, equalized(model, test, odp, context, unit) if odp else False)
     started = time.monotonic()
-    scores = evaluate(model, test, dense, context=context, limit=windows, batch=1)
+    whole_or_cut = Chunked(model, chunk) if chunk else model
+    scores = evaluate(whole_or_cut, test, dense, context=context, limit=windows, batch=1)
     row = scores.to_dict() | {"seconds": round(time.monotonic() - started, 1)}
     if odp is not None:
         stats = expert_pruning_stats(model)["prefill"]
-        stats |= {"layers": {path: layer["bytes_skipped"] for path, layer in stats["layers"].items()}}
-        row |= {"skipped": stats, "odp": odp.to_dict()}
+        stats |= {"layers": {path: layer[unit] for path, layer in stats["layers"].items()}}
+        row |= {"skipped": stats, "unit": unit, "odp": None if isinstance(odp, float) else odp.to_dict()}
     return row
 
 
 def quality(options: argparse.Namespace, model: Any, dense: Any, test: torch.Tensor, bits: float) -> None:
     """Append the rows of one packed model."""
-    settings: list[tuple[str, str, ODPConfig | None, int]] = [("", "no pruning", None, options.context)]
+    settings: list[tuple[str, str, ODPConfig | float | None, int]] = [("", "no pruning", None, options.context)]
+    chunks: dict[str, int] = {}
     if "rates" in options.parts:
         for rate in options.rates:
             for name, odp in methods(rate).items():
@@ -135,12 +184,40 @@ def quality(options: argparse.Namespace, model: Any, dense: Any, test: torch.Ten
             for name, odp in odps.items():
                 each = [None] if odp is None else causal_too(odp)
                 settings += [("lengths", name, one, length) for one in each]
+    if "chunks" in options.parts:
+        for size in (0, *options.chunks):
+            name = f"in chunks of {size}" if size else "in one call"
+            chunks[name] = size
+            settings += [("chunks", name, odp, options.context) for odp in causal_too(ODPConfig(rate=0.15))]
+    training = {}
+    if "learned" in options.parts:
+        for share in options.learned:
+            compared = {
+                "threshold alone (NAEE)": ODPConfig(rate=share, protect=0),
+                "ODP": ODPConfig(rate=share, causal=True),
+                "variance": ODPConfig(rate=share, method="variance", causal=True),
+                "OTP": share,
+            }
+            settings += [(f"slots, {100 * share:.0f} %", name, odp, options.context) for name, odp in compared.items()]
+        begun = time.monotonic()
+        length = min(512, options.context)
+        train_expert_pruning(model, options.calibration, 0.2, options=OTPConfig(steps=options.steps), seq_len=length)
+        training = {"trained": {"seconds": round(time.monotonic() - begun), "target": 0.2, "steps": options.steps}}
+        print(training, flush=True)
     for table, name, odp, context in settings:
         windows = max(2, options.windows * options.context // context)
-        row = {"model": options.name, "bits": bits, "table": table, "row": name, "causal": bool(odp and odp.causal)}
-        row |= measure(model, dense, test, odp, context, windows)
-        _append(row | {"test": options.test.name, "seed": 0})
-        share = f"{100 * row['skipped']['bytes_skipped']:.2f} % skipped, " if odp else ""
+        row = {
+            "model": options.name,
+            "bits": bits,
+            "table": table,
+            "row": name,
+            "causal": isinstance(odp, ODPConfig) and odp.causal and not table.startswith("slots"),
+        }
+        unit = "slots_skipped" if table.startswith("slots") else "bytes_skipped"
+        row |= measure(model, dense, test, odp, context, windows, chunks.get(name, 0), unit)
+        row |= {"test": options.test.name, "seed": 0} | (training if isinstance(odp, float) else {})
+        _append(row)
+        share = f"{100 * row['skipped'][unit]:.2f} % skipped, " if odp else ""
         print(f"{bits} {table} {name}{' (causal)' if row['causal'] else ''}, {context}: {share}"
               f"perplexity {row['perplexity']:.3f}, KL {row['kl']:.4f}", flush=True)  # fmt: skip
 
@@ -183,20 +260,27 @@ def timed(model: Any) -> Iterator[list[float]]:
 
 def speed(options: argparse.Namespace, model: Any, bits: float) -> None:
     """Prefill and decoding of random tokens with and without pruning, in turns."""
-    settings: dict[str, ODPConfig | None] = {"no pruning": None}
+    settings: dict[str, ODPConfig | float | None] = {"no pruning": None}
     settings["nothing skipped, tokens ranked"] = ODPConfig(threshold=0)
     for rate in options.rates:
         settings |= {f"ODP {100 * rate:.0f} %": ODPConfig(rate=rate)}
         settings |= {f"threshold alone {100 * rate:.0f} %": ODPConfig(rate=rate, protect=0)}
     seen: dict[tuple[str, str], list[tuple[float, float, float, float]]] = {}
     vocabulary = model.get_input_embeddings().weight.shape[0]
+    # what the routers decide does not matter here
+    random = torch.randint(0, vocabulary, (4, 64), generator=torch.Generator().manual_seed(1))
+    train_expert_pruning(model, random, 0.15, options=OTPConfig(objective="layers"), num_samples=4, seq_len=64)
+    settings["OTP 15 %"] = 0.15
     test = torch.randint(
         0, vocabulary, (options.context + options.new_tokens,), generator=torch.Generator().manual_seed(0)
     )
     ids = test[: options.context][None]
     for _ in range(options.rounds):
         for name, odp in settings.items():
-            set_expert_pruning(model, odp or False)
+            if isinstance(odp, float):
+                set_expert_pruning(model, otp=odp)
+            else:
+                set_expert_pruning(model, odp or False)
             for phase in ("prefill", "decode"):
                 with torch.no_grad(), timed(model) as inside:
                     if phase == "prefill":
@@ -226,7 +310,7 @@ def speed(options: argparse.Namespace, model: Any, bits: float) -> None:
 
 
 def _append(row: dict[str, Any]) -> None:
-    row |= {"load": round(os.getloadavg()[0], 1), "cpus": os.cpu_count(), "date": datetime.date.today().isoformat()}
+    row |= here()
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
@@ -239,9 +323,13 @@ def main() -> None:
     parser.add_argument("--dense", type=Path, help="folder of the dense checkpoint")
     parser.add_argument("--name", default="smolmoe", help="what rows call the model")
     parser.add_argument("--test", type=Path, help="text to measure on")
-    parser.add_argument("--parts", nargs="+", default=["rates", "sweep", "lengths", "speed"])
+    parser.add_argument("--parts", nargs="+", default=["rates", "sweep", "lengths", "chunks", "learned", "speed"])
     parser.add_argument("--rates", type=float, nargs="+", default=[0.15, 0.25])
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 4096])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[512, 64])
+    parser.add_argument("--calibration", type=Path, help="text that routers are trained on")
+    parser.add_argument("--learned", type=float, nargs="+", default=[0.15, 0.2, 0.3], help="shares of slots")
+    parser.add_argument("--steps", type=int, default=60, help="steps of training on the output")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=6, help="windows of --context tokens")
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -298,9 +386,14 @@ def write_docs() -> None:
 
 def _table(table: str, rows: list[dict[str, Any]]) -> list[str]:
     """A line per setting, whole windows and causal beside each other."""
-    title = {"sweep": "Thresholds by protected shares", "lengths": "Lengths, 15 % of expert bytes"}.get(
-        table, f"{table} of the routed expert bytes"
-    )
+    titles = {
+        "sweep": "Thresholds by protected shares",
+        "lengths": "Lengths, 15 % of expert bytes",
+        "chunks": "ODP, 15 % of expert bytes, prompts cut into calls",
+    }
+    title = titles.get(table, f"{table} of the routed expert bytes")
+    if table.startswith("slots"):
+        return _learned_table(table, rows)
     lines = [f"### {title}\n", "| | skipped | whole windows (paper) | causal |", "|---|---|---|---|"]
     keys = dict.fromkeys((row["row"], row["protocol"]["context"]) for row in rows)
     for name, context in keys:
@@ -316,6 +409,25 @@ def _table(table: str, rows: list[dict[str, Any]]) -> list[str]:
         skipped = f"{100 * own[False]['skipped']['bytes_skipped']:.1f} %" if "skipped" in own[False] else ""
         label = f"{name}, {context} tokens" if table == "lengths" else name
         lines.append(f"| {label} | {skipped} | {cells[0]} | {cells[1]} |")
+    return [*lines, ""]
+
+
+def _learned_table(table: str, rows: list[dict[str, Any]]) -> list[str]:
+    """A line per rule at one share of skipped slots; all are causal."""
+    lines = [
+        f"### {table.removeprefix('slots, ')} of the routed slots\n",
+        "| causal | skipped | perplexity | KL |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        skipped = f"{100 * row['skipped']['slots_skipped']:.1f} %"
+        lines.append(f"| {row['row']} | {skipped} | {row['perplexity']:.2f} | {row['kl']:.4f} ± {row['kl_se']:.4f} |")
+    trained = next((row["trained"] for row in rows if "trained" in row), None)
+    if trained:
+        lines.append(
+            f"\nOTP's routers were trained once, for {100 * trained['target']:.0f} %, in {trained['seconds']} s on one thread of a "
+            "busy machine."
+        )
     return [*lines, ""]
 
 

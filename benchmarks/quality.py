@@ -8,15 +8,13 @@ results/quality.jsonl; `--docs` writes docs/quality.md from all rows there are.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import here
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
@@ -121,13 +119,7 @@ def main() -> None:
 
 def _append(options: argparse.Namespace, measured: dict[str, Any]) -> None:
     row = {"model": options.model.name, "test": options.test.name, "calibration": options.calibration.name}
-    row |= {"group_size": options.group_size} | measured
-    row |= {
-        "load": round(os.getloadavg()[0], 1),
-        "cpus": os.cpu_count(),
-        "machine": platform.machine(),
-        "date": datetime.date.today().isoformat(),
-    }
+    row |= {"group_size": options.group_size} | measured | here()
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")

@@ -55,7 +55,10 @@ def test_expert_pruning(dense, tmp_path):
     options = ["--odp-rate", "0.2", "--rounding", "nearest"]
     result = CliRunner().invoke(app, _arguments(dense, tmp_path / "out", *options))
     assert result.exit_code == 0, result.output
-    assert attached(load_class(tmp_path / "out").from_pretrained(tmp_path / "out")).odp.rate == 0.2
+    assert attached(load_class(tmp_path / "out").from_pretrained(tmp_path / "out")).options.rate == 0.2
+    result = CliRunner().invoke(app, _arguments(dense, tmp_path / "out", "--otp", "0.3", "--rounding", "nearest"))
+    assert result.exit_code == 0, result.output
+    assert attached(load_class(tmp_path / "out").from_pretrained(tmp_path / "out")).options.target == 0.3
     result = CliRunner().invoke(app, _arguments(dense, tmp_path / "none", "--odp-rate", "2", "--rounding", "nearest"))
     assert result.exit_code == 1
     assert "rate=2.0 is not valid" in result.output

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from transformers_mcmoe import MCMoEConfig, Plan
-from transformers_mcmoe.config import RESERVED, ODPConfig
+from transformers_mcmoe.config import RESERVED, ODPConfig, OTPConfig
 from transformers_mcmoe.plan import ExpertWidths
 
 PLAN = Plan({"model.layers.0.mlp.experts": ExpertWidths((1, 2), (1, 3))}, {"model.layers.0.self_attn.q_proj": 4})
@@ -45,6 +45,7 @@ OPTIONS: dict[str, Any] = {
     "seed": 5,
     "plan": PLAN,
     "odp": ODPConfig(rate=0.2),
+    "otp": OTPConfig(target=0.3, on=False),
 }
 
 
@@ -80,6 +81,7 @@ def test_defaults():
         "seed": 0,
         "plan": None,
         "odp": None,
+        "otp": None,
     }
 
 
@@ -309,7 +311,7 @@ def test_options_of_later_releases(name: str):
 
 
 def test_reserved_names():
-    assert set(RESERVED) == {"otp", "prune", "rank", "granularity", "target_size"}
+    assert set(RESERVED) == {"prune", "rank", "granularity", "target_size"}
 
 
 def test_unknown_option():
@@ -344,8 +346,8 @@ def test_from_dict_refuses_newer_formats():
 def test_from_dict_validates():
     with pytest.raises(ValueError, match="bits=99 is not valid"):
         MCMoEConfig.from_dict({"quant_method": "mcmoe", "average_bits": 99})
-    with pytest.raises(NotImplementedError, match="otp="):
-        MCMoEConfig.from_dict({"quant_method": "mcmoe", "otp": {"rate": 0.5}})
+    with pytest.raises(NotImplementedError, match="prune="):
+        MCMoEConfig.from_dict({"quant_method": "mcmoe", "prune": {"rate": 0.5}})
 
 
 def test_from_dict_returns_unused_kwargs():
@@ -391,8 +393,8 @@ def test_expert_pruning():
     assert MCMoEConfig.from_dict(json.loads(json.dumps(config.to_dict()))).odp == config.odp
     assert MCMoEConfig(odp={"rate": 0.2}).odp == ODPConfig(rate=0.2)
     # beside a packed checkpoint, None keeps what it was saved with
-    assert MCMoEConfig().get_loading_attributes() == {}
-    assert MCMoEConfig(odp=False).get_loading_attributes() == {"odp": False}
+    assert MCMoEConfig().get_loading_attributes() == {"asked": {}}
+    assert MCMoEConfig(odp=False).get_loading_attributes() == {"asked": {"odp": False}}
     assert MCMoEConfig(odp=False).to_dict() == MCMoEConfig().to_dict()
     with pytest.raises(ValueError, match="odp='fast'"):
         MCMoEConfig(odp="fast")

@@ -62,6 +62,7 @@ def test_public_names():
         "MCMoEConfig",
         "MCMoEHfQuantizer",
         "ODPConfig",
+        "OTPConfig",
         "PackedExperts",
         "PackedLinear",
         "Plan",
@@ -70,6 +71,7 @@ def test_public_names():
         "compression_report",
         "expert_pruning_stats",
         "set_expert_pruning",
+        "train_expert_pruning",
     ]
     assert all(hasattr(transformers_mcmoe, name) for name in transformers_mcmoe.__all__)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from transformers_mcmoe import ODPConfig
-from transformers_mcmoe.routing import LayerPruning, RatioTable, RoutingRatios
+from transformers_mcmoe.routing import RatioTable, RoutingRatios, ThresholdPruning
 from transformers_mcmoe.routing.call import Call
 
 E, K, T = 8, 4, 3000
@@ -20,7 +20,7 @@ def _routing(seed=0, normalize=True, slots=K):
 
 
 def _pruning(odp, levels, renormalize=True, sizes=None, skip=E):
-    return LayerPruning(odp, "x", levels, renormalize, Call(), None, sizes or [1.0] * E, skip)
+    return ThresholdPruning(odp, "x", levels, renormalize, Call(), None, sizes or [1.0] * E, skip)
 
 
 class TestRule:
@@ -102,7 +102,7 @@ class TestRule:
     def test_layers_draw_apart(self):
         index, weights = _routing()
         odp = ODPConfig(method="random", rate=0.3)
-        first, second = (LayerPruning(odp, name, [0.5], True, Call(), None, [1.0] * E, E) for name in "ab")
+        first, second = (ThresholdPruning(odp, name, [0.5], True, Call(), None, [1.0] * E, E) for name in "ab")
         x = torch.zeros(T, 8)
         assert not torch.equal(first(x, index, weights)[0], second(x, index, weights)[0])
 

@@ -56,10 +56,13 @@ class TestPackedCheckpoints:
         assert attached(model) is None
         assert torch.equal(model(IDS).logits, plain)
         model = load(packed, quantization_config=MCMoEConfig(odp=ODPConfig(quantile=0.2)))
-        assert attached(model).odp.quantile == 0.2
-        assert attached(model).odp.calibrated
-        assert attached(load(packed, quantization_config=MCMoEConfig())).odp == attached(load(packed)).odp
-        assert attached(load(unpruned, quantization_config=MCMoEConfig(odp=True))).odp == attached(load(packed)).odp
+        assert attached(model).options.quantile == 0.2
+        assert attached(model).options.calibrated
+        assert attached(load(packed, quantization_config=MCMoEConfig())).options == attached(load(packed)).options
+        assert (
+            attached(load(unpruned, quantization_config=MCMoEConfig(odp=True))).options
+            == attached(load(packed)).options
+        )
 
     def test_switched_without_compressing_again(self, packed, unpruned, tmp_path):
         model, plain = load(unpruned), load(packed)
@@ -84,12 +87,12 @@ class TestPackedCheckpoints:
         other = AutoModel.from_pretrained(
             packed, dtype=torch.float32, quantization_config=MCMoEConfig(odp=ODPConfig(rate=0.2))
         )
-        assert set(attached(other).odp.thresholds) == {"layers.0.mlp.experts", "layers.1.mlp.experts"}
+        assert set(attached(other).options.thresholds) == {"layers.0.mlp.experts", "layers.1.mlp.experts"}
         base.save_pretrained(tmp_path)
         again = AutoModel.from_pretrained(tmp_path, dtype=torch.float32)
         assert torch.equal(again(IDS).last_hidden_state, base(IDS).last_hidden_state)
         set_expert_pruning(again, ODPConfig(rate=0.2))
-        assert attached(again).odp == attached(other).odp
+        assert attached(again).options == attached(other).options
 
     def test_cache_that_is_cut_back(self, packed):
         model = load(packed)
@@ -102,9 +105,9 @@ class TestPackedCheckpoints:
 
     def test_thresholds_from_other_text(self, packed):
         model = load(packed)
-        before = attached(model).odp.thresholds
+        before = attached(model).options.thresholds
         set_expert_pruning(model, ODPConfig(), dataset=tokens(4, 32, seed=9))
-        assert attached(model).odp.thresholds != before
+        assert attached(model).options.thresholds != before
 
     def test_layers(self, packed):
         model = load(packed)
@@ -116,7 +119,7 @@ class TestPackedCheckpoints:
         assert stats["bytes_per_token"] == pytest.approx(first["bytes_per_token"] + second["bytes_per_token"])
         with pytest.raises(ValueError, match="layer 5 has no experts"):
             set_expert_pruning(model, ODPConfig(layers=[5]))
-        assert attached(model).odp.layers == (1,)
+        assert attached(model).options.layers == (1,)
 
     def test_layers_within_a_kl_budget(self, packed):
         model, text = load(packed), tokens(2, 32, seed=4)
@@ -139,11 +142,11 @@ class TestPackedCheckpoints:
 
     def test_at_compression_layers_within_a_kl_budget(self, dense):
         model = compressed(dense, quick_config(odp=ODPConfig(layers="auto", max_kl=10)))
-        assert attached(model).odp.layers == (0, 1)
+        assert attached(model).options.layers == (0, 1)
 
     def test_options_are_followed_although_thresholds_are_known(self, packed):
         model = load(packed)
-        found = attached(model).odp
+        found = attached(model).options
         other = set_expert_pruning(model, replace(found, quantile=0.1))
         assert other.thresholds == set_expert_pruning(model, ODPConfig(quantile=0.1)).thresholds != found.thresholds
         with pytest.raises(ValueError, match="dataset="):
@@ -339,12 +342,12 @@ class TestRefusals:
 
     def test_text_that_does_not_fit_the_model(self, packed):
         model = load(packed)
-        before = attached(model).odp
+        before = attached(model).options
         with pytest.raises(ValueError, match="320 embeddings"):
             set_expert_pruning(model, dataset=torch.full((2, 16), 400))
         with pytest.raises(ValueError, match="128 positions"):
             set_expert_pruning(model, dataset=tokens(2, 200))
-        assert attached(model).odp == before
+        assert attached(model).options == before
 
     def test_attention_that_shows_no_weights(self, packed):
         model = load(packed)
@@ -389,7 +392,7 @@ class TestRefusals:
 
     def test_thresholds_of_another_model(self, packed):
         model = load(packed)
-        other = replace(attached(model).odp, thresholds={"a": [0.5]}, normalized={"a": True})
+        other = replace(attached(model).options, thresholds={"a": [0.5]}, normalized={"a": True})
         with pytest.raises(ValueError, match="do not fit"):
             set_expert_pruning(model, other)
         assert attached(model) is not None

@@ -5,11 +5,11 @@ Importing this package registers the quantization method "mcmoe" with transforme
 (`quantization_config=MCMoEConfig(...)`) and loads packed checkpoints.
 """
 
-from transformers_mcmoe.config import MCMoEConfig, ODPConfig
+from transformers_mcmoe.config import MCMoEConfig, ODPConfig, OTPConfig
 from transformers_mcmoe.kernels import backend_info
 from transformers_mcmoe.nn import PackedExperts, PackedLinear
 from transformers_mcmoe.plan import Plan
-from transformers_mcmoe.pruning import expert_pruning_stats, set_expert_pruning
+from transformers_mcmoe.pruning import expert_pruning_stats, set_expert_pruning, train_expert_pruning
 from transformers_mcmoe.quantizer import MCMoEHfQuantizer
 from transformers_mcmoe.report import compression_report
 from transformers_mcmoe.version import __version__
@@ -18,6 +18,7 @@ __all__ = [
     "MCMoEConfig",
     "MCMoEHfQuantizer",
     "ODPConfig",
+    "OTPConfig",
     "PackedExperts",
     "PackedLinear",
     "Plan",
@@ -26,4 +27,5 @@ __all__ = [
     "compression_report",
     "expert_pruning_stats",
     "set_expert_pruning",
+    "train_expert_pruning",
 ]

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from transformers_mcmoe.config import ALLOCATIONS, ROUNDINGS, MCMoEConfig, ODPConfig
+from transformers_mcmoe.config import ALLOCATIONS, ROUNDINGS, MCMoEConfig, ODPConfig, OTPConfig
 from transformers_mcmoe.kernels import backend_info
 from transformers_mcmoe.progress import Progress
 from transformers_mcmoe.report import REPORT_NAME, compression_report, load_report
@@ -57,6 +57,12 @@ def compress(
         float | None,
         typer.Option(help="Share of routed expert bytes to skip; default: the median rule. Implies --odp."),
     ] = None,
+    otp: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of routed slots to skip by learned pruning, e.g. 0.2; its routers are trained at the end."
+        ),
+    ] = None,
     num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 2048,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
@@ -86,6 +92,7 @@ def compress(
                 preset=preset,
                 rounding=rounding,
                 odp=ODPConfig(rate=odp_rate) if odp or odp_rate is not None else None,
+                otp=OTPConfig(target=otp) if otp is not None else None,
                 num_samples=num_samples,
                 seq_len=seq_len,
                 seed=seed,

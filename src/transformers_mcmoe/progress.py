@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a compression is, and how that is shown: a callback, or a bar and the log.
+"""How far a compression or a training is, and how that is shown: a callback, or a bar and the log.
 
-Knows layers and seconds, not what is done in them.
+Knows steps and seconds, not what is done in them.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Progress:
     """A step of a compression.
 
     Attributes:
-        stage: "allocate" or "quantize".
-        layer: layers done in this stage.
-        layers: layers there are.
+        stage: "allocate" or "quantize", or of training pruning routers "measure", "measure held-out" or "train".
+        layer: layers done in this stage; batches or steps while training.
+        layers: how many there are.
         expert: experts of the current layer done.
         experts: experts of the current layer, 0 when it has none or is finished.
         seconds: time since the stage began.
@@ -57,14 +57,15 @@ class Meter:
         # asked here, where the user's choice to show bars or not still holds
         self._hidden = callback is not None or not transformers_logging.is_progress_bar_enabled()
         self._bar: Any = None
-        self._stage, self._layers, self._layer, self._started = "", 0, 0, time.monotonic()
+        self._stage, self._unit, self._layers, self._layer, self._started = "", "layer", 0, 0, time.monotonic()
 
-    def start(self, stage: str, layers: int) -> None:
-        """Begin a stage."""
+    def start(self, stage: str, layers: int, unit: str = "layer") -> None:
+        """Begin a stage of so many layers, or other units."""
         self._stage, self._layers, self._layer, self._started = stage, layers, 0, time.monotonic()
+        self._unit = unit
         self.close()
         if not self._hidden:
-            self._bar = tqdm(total=layers, unit="layer", desc=stage.capitalize())
+            self._bar = tqdm(total=layers, unit=unit, desc=stage.capitalize())
         self._report(0, 0)
 
     def expert_done(self, expert: int, experts: int) -> None:
@@ -72,13 +73,14 @@ class Meter:
         self._report(expert + 1, experts)
 
     def layer_done(self) -> None:
-        """The current layer is done."""
+        """The current layer, or other unit, is done."""
         self._layer += 1
         step = self._report(0, 0)
         if self._bar is not None:
             self._bar.update(1)
             self._bar.set_postfix_str(f"memory {step.memory / 1e9:.2f} GB")
-        logger.info("%s: layer %d of %d, %.2f GB.", self._stage, self._layer, self._layers, step.memory / 1e9)
+        done = (self._stage, self._unit, self._layer, self._layers, step.memory / 1e9)
+        logger.info("%s: %s %d of %d, %.2f GB.", *done)
 
     def close(self) -> None:
         """Put the bar away."""

@@ -18,6 +18,7 @@ import types
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, auto, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from transformers_mcmoe.config import QUANT_METHOD, MCMoEConfig, ODPConfig
+from transformers_mcmoe.config import QUANT_METHOD, MCMoEConfig, ODPConfig, OTPConfig
 from transformers_mcmoe.models.experts import Experts, FusedExperts, ListExperts
 from transformers_mcmoe.models.names import packed_conversions
 from transformers_mcmoe.models.stream import Checkpoint
@@ -36,9 +37,16 @@ from transformers_mcmoe.nn import PackedExperts, PackedLinear
 from transformers_mcmoe.pipeline import Compressed, compress, unread_patterns
 from transformers_mcmoe.pipeline.prepare import tokens_for
 from transformers_mcmoe.plan import Plan, average_bits
-from transformers_mcmoe.pruning import recorded_ratios, start_expert_pruning, with_thresholds
+from transformers_mcmoe.pruning import (
+    add_routers,
+    recorded_ratios,
+    start_expert_pruning,
+    start_learned_pruning,
+    trained,
+    with_thresholds,
+)
 from transformers_mcmoe.report import build_report, read_report, write_report
-from transformers_mcmoe.routing import ExpertPruning, attached
+from transformers_mcmoe.routing import ROUTER, ExpertPruning, attached, set_router
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +97,9 @@ class MCMoEHfQuantizer(HfQuantizer):
         structure.experts = self._packed
         structure.check(plan)
         replace_modules(model, structure, plan, self.quantization_config.group_size)
+        otp = self.quantization_config.otp
+        if isinstance(otp, OTPConfig) and otp.trained:
+            add_routers(model, otp)
         check_tensors(model, structure, checkpoint_files)
         return model
 
@@ -125,16 +136,19 @@ class MCMoEHfQuantizer(HfQuantizer):
 
     def _prune(self, model: Any) -> None:
         """Start the expert pruning that the config asks for, or that the checkpoint was saved with."""
-        config = self.quantization_config
-        odp, compressed = config.odp, self.report is not None
-        config.odp = None
-        if not isinstance(odp, ODPConfig):
-            return
+        config, compressed = self.quantization_config, self.report is not None
+        odp, otp = asked_pruning(config)
+        config.odp = config.otp = None
         try:
-            if not odp.calibrated:
-                tokens = tokens_for(model, config) if compressed and odp.layers == "auto" else None
-                odp = with_thresholds(model, odp, recorded_ratios(model), tokens)
-            config.odp = start_expert_pruning(model, odp)
+            if otp is not None:
+                if not otp.trained:
+                    otp = trained(model, otp, tokens_for(model, config), config.progress)
+                config.otp = start_learned_pruning(model, otp)
+            if odp is not None:
+                if not odp.calibrated:
+                    tokens = tokens_for(model, config) if compressed and odp.layers == "auto" else None
+                    odp = with_thresholds(model, odp, recorded_ratios(model), tokens)
+                config.odp = start_expert_pruning(model, odp)
         except ValueError as error:
             if not compressed:
                 raise
@@ -183,7 +197,9 @@ class MCMoEHfQuantizer(HfQuantizer):
             pruning.detach()
         for path, module in list(model.named_modules()):
             if isinstance(module, PackedExperts):
-                model.set_submodule(path, module.restore(dtype))
+                dense = module.restore(dtype)
+                set_router(dense, module._modules.get(ROUTER))  # type: ignore[arg-type]
+                model.set_submodule(path, dense)
         for path, module in list(model.named_modules()):
             if isinstance(module, PackedLinear):
                 model.set_submodule(path, _dense_linear(module, dtype))
@@ -191,7 +207,7 @@ class MCMoEHfQuantizer(HfQuantizer):
         # names revert by the family's own mapping again, experts included
         model.__dict__.pop("_weight_conversions", None)
         if pruning is not None:
-            ExpertPruning(model, pruning.odp)
+            ExpertPruning(model, pruning.options)
         return model
 
     def is_serializable(self) -> bool:
@@ -243,6 +259,31 @@ def replace_modules(model: Any, structure: Structure, plan: Plan, group_size: in
                         _pack_linear(model, name, widths.of_role(p.role)[expert], group_size)
         for path, bits in plan.linears.items():
             _pack_linear(model, path, bits, group_size)
+
+
+def asked_pruning(config: MCMoEConfig) -> tuple[ODPConfig | None, OTPConfig | None]:
+    """The rule that a model is to be pruned by; options of trained routers also where they are off.
+
+    A config that is given beside a packed checkpoint goes before what that was saved with.
+
+    Raises:
+        ValueError: learned pruning is asked of a checkpoint without routers.
+    """
+    odp = config.odp if isinstance(config.odp, ODPConfig) else None
+    otp = config.otp if isinstance(config.otp, OTPConfig) else None
+    if "otp" in config.asked:
+        wanted = config.asked["otp"]
+        if isinstance(wanted, OTPConfig):
+            if otp is None:
+                raise ValueError(
+                    "The checkpoint has no pruning routers; load it without otp, and call train_expert_pruning."
+                )
+            return None, replace(otp, on=True, target=wanted.target or otp.target)
+        otp = None if otp is None else replace(otp, on=False)
+    if "odp" in config.asked:
+        odp = config.asked["odp"] or None
+        otp = None if otp is None else replace(otp, on=otp.on and odp is None)
+    return odp, otp
 
 
 def _pack_linear(model: Any, path: str, bits: int, group_size: int) -> None:

@@ -12,6 +12,17 @@ from transformers_mcmoe.config.compression import (
     ROUNDINGS,
     MCMoEConfig,
 )
+from transformers_mcmoe.config.otp import TARGET, OTPConfig
 from transformers_mcmoe.config.pruning import ODPConfig
 
-__all__ = ["ALLOCATIONS", "FORMAT_VERSION", "QUANT_METHOD", "RESERVED", "ROUNDINGS", "MCMoEConfig", "ODPConfig"]
+__all__ = [
+    "ALLOCATIONS",
+    "FORMAT_VERSION",
+    "QUANT_METHOD",
+    "RESERVED",
+    "ROUNDINGS",
+    "TARGET",
+    "MCMoEConfig",
+    "ODPConfig",
+    "OTPConfig",
+]

@@ -20,6 +20,7 @@ from transformers.quantizers import register_quantization_config
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from transformers_mcmoe.config.otp import OTPConfig
 from transformers_mcmoe.config.pruning import ODPConfig
 from transformers_mcmoe.plan import Plan
 from transformers_mcmoe.quantization.grid import FITS, Grid
@@ -48,9 +49,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 # options of later releases; accepted only as None or False
-RESERVED = ("otp", "prune", "rank", "granularity", "target_size")
+RESERVED = ("prune", "rank", "granularity", "target_size")
 # belong to one run on one machine, never stored
-RUNTIME = ("tokenizer", "work_dir", "max_memory", "device", "progress")
+RUNTIME = ("tokenizer", "work_dir", "max_memory", "device", "progress", "asked")
 
 
 class MCMoEConfig(QuantizationConfigMixin):
@@ -99,6 +100,9 @@ class MCMoEConfig(QuantizationConfigMixin):
         plan: a plan (dict, or path of a JSON file) that is used instead of the allocation; GPTQ still needs a dataset.
         odp: dynamic expert pruning at run time: True, or an `ODPConfig`. None keeps what a packed checkpoint was saved
             with, False switches it off.
+        otp: learned expert pruning instead: True, or an `OTPConfig`; its routers are trained on the calibration data once the
+            model is compressed. For a packed checkpoint that has them, False switches it off, True on, and an
+            `OTPConfig(target=...)` changes the share that is skipped.
         progress: called with a `progress.Progress` after every step; default logging and a progress bar.
 
     Raises:
@@ -140,6 +144,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         device: str | torch.device | None = None,
         plan: Mapping[str, Any] | str | Path | Plan | None = None,
         odp: bool | ODPConfig | Mapping[str, Any] | None = None,
+        otp: bool | OTPConfig | Mapping[str, Any] | None = None,
         progress: Callable[[Any], None] | None = None,
         **reserved: Any,
     ) -> None:
@@ -171,6 +176,9 @@ class MCMoEConfig(QuantizationConfigMixin):
         self.device = torch.device(device) if device is not None else None
         self.plan = _read_plan(plan)
         self.odp = ODPConfig.read(odp) if odp is not False else False
+        self.otp = OTPConfig.read(otp) if otp is not False else False
+        # what a config given beside a packed checkpoint asks of its pruning
+        self.asked: dict[str, Any] = {}
         self.progress = progress
         _refuse_reserved(reserved)
         self._apply_preset()
@@ -244,6 +252,8 @@ class MCMoEConfig(QuantizationConfigMixin):
         unused = not self.at_least or self.allocation != "uniform"
         _check(unused, "at_least", self.at_least, "left out with allocation='uniform'")
         _check(isinstance(self.seed, int) and self.seed >= 0, "seed", self.seed, "an integer >= 0")
+        pruned = isinstance(self.otp, OTPConfig) and self.otp.on and bool(self.odp)
+        _check(not pruned, "otp", self.otp, "left out with odp: both are rules for the same slots")
         if self.max_memory is not None:
             _check(self.max_memory_bytes > 0, "max_memory", self.max_memory, "bytes, or a string like '12GB'")
 
@@ -267,6 +277,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         data["at_least"] = {str(width): count for width, count in self.at_least.items()}
         data["plan"] = self.plan.to_dict() if self.plan is not None else None
         data["odp"] = self.odp.to_dict() if isinstance(self.odp, ODPConfig) else None
+        data["otp"] = self.otp.to_dict() if isinstance(self.otp, OTPConfig) else None
         # texts and token ids given in memory are not stored
         data["dataset"] = self.dataset if isinstance(self.dataset, str | dict) else None
         if isinstance(self.dataset, Path):
@@ -275,7 +286,8 @@ class MCMoEConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What of a config that is given beside a packed checkpoint replaces the saved value."""
-        return {} if self.odp is None else {"odp": self.odp}
+        asked = {"odp": self.odp, "otp": self.otp}
+        return {"asked": {name: value for name, value in asked.items() if value is not None}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MCMoEConfig:
         """transformers copies model configs with what is in them; data, tokenizer and callback are shared."""

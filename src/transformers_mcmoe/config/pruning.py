@@ -64,31 +64,31 @@ class ODPConfig:
     found_for: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        _check(self.method in METHODS, "method", self.method, f"one of {METHODS}")
+        check(self.method in METHODS, "method", self.method, f"one of {METHODS}")
         self._check_level()
         if self.protect is None:
             object.__setattr__(self, "protect", PROTECT if self.method == "odp" else 0.0)
         for name in ("protect", "drop_all"):
             value = getattr(self, name)
-            _check(_is_number(value) and 0 <= value < 1, name, value, "a share in [0, 1)")
+            check(is_number(value) and 0 <= value < 1, name, value, "a share in [0, 1)")
         together = self.protect + self.drop_all  # type: ignore[operator]
-        _check(together <= 1, "drop_all", self.drop_all, f"at most 1 - protect = {1 - self.protect:g}")  # type: ignore[operator]
+        check(together <= 1, "drop_all", self.drop_all, f"at most 1 - protect = {1 - self.protect:g}")  # type: ignore[operator]
         for name in ("causal", "renormalize"):
             value = getattr(self, name)
             given = isinstance(value, bool) or (value is None and name == "renormalize")
-            _check(given, name, value, "True or False")
-        _check(isinstance(self.seed, int) and self.seed >= 0, "seed", self.seed, "an integer >= 0")
+            check(given, name, value, "True or False")
+        check(isinstance(self.seed, int) and self.seed >= 0, "seed", self.seed, "an integer >= 0")
         if not isinstance(self.layers, str):
             numbers = isinstance(self.layers, Sequence) and all(isinstance(i, int) and i >= 0 for i in self.layers)
-            _check(numbers and len(self.layers) > 0, "layers", self.layers, "'all', 'auto' or a list of layer numbers")
+            check(numbers and len(self.layers) > 0, "layers", self.layers, "'all', 'auto' or a list of layer numbers")
             object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
         else:
-            _check(self.layers in ("all", "auto"), "layers", self.layers, "'all', 'auto' or a list of layer numbers")
+            check(self.layers in ("all", "auto"), "layers", self.layers, "'all', 'auto' or a list of layer numbers")
         if self.layers == "auto":
-            positive = _is_number(self.max_kl) and self.max_kl > 0  # type: ignore[operator]
-            _check(positive, "max_kl", self.max_kl, "a number > 0 with layers='auto', nats per token")
+            positive = is_number(self.max_kl) and self.max_kl > 0  # type: ignore[operator]
+            check(positive, "max_kl", self.max_kl, "a number > 0 with layers='auto', nats per token")
         else:
-            _check(self.max_kl is None, "max_kl", self.max_kl, "left out unless layers='auto'")
+            check(self.max_kl is None, "max_kl", self.max_kl, "left out unless layers='auto'")
 
     def _check_level(self) -> None:
         given = {name: getattr(self, name) for name in ("threshold", "quantile", "rate")}
@@ -96,10 +96,10 @@ class ODPConfig:
         if len(given) > 1:
             raise ValueError(f"threshold, quantile and rate contradict each other; {given} are given: keep one.")
         for name, value in given.items():
-            _check(_is_number(value) and 0 <= value <= 1, name, value, "a number in [0, 1]")
+            check(is_number(value) and 0 <= value <= 1, name, value, "a number in [0, 1]")
         if self.method != "odp" and "rate" not in given:
             wanted = f"given with method={self.method!r}, and neither threshold nor quantile"
-            _check(False, "rate", self.rate, wanted)
+            check(False, "rate", self.rate, wanted)
 
     @property
     def needs_attention(self) -> bool:
@@ -145,14 +145,16 @@ class ODPConfig:
                     f"ODPConfig has no option {unknown[0]!r}; see its docstring for the options there are."
                 )
             return cls(**value)
-        _check(isinstance(value, cls), "odp", value, "True, False or an ODPConfig")
+        check(isinstance(value, cls), "odp", value, "True, False or an ODPConfig")
         return value
 
 
-def _check(ok: bool, name: str, value: Any, expected: str) -> None:
+def check(ok: bool, name: str, value: Any, expected: str) -> None:
+    """Raise ValueError for an option's value unless it is what is expected."""
     if not ok:
         raise ValueError(f"{name}={value!r} is not valid: it must be {expected}.")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a number; True and False are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)

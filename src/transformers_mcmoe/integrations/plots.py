@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers_mcmoe.config import ODPConfig
 from transformers_mcmoe.pruning import expert_pruning_stats
-from transformers_mcmoe.routing import attached
+from transformers_mcmoe.routing import ThresholdPruning, attached
 
 
 def plot_expert_pruning(model: Any, path: str | Path) -> None:
@@ -34,12 +35,17 @@ def plot_expert_pruning(model: Any, path: str | Path) -> None:
     }
     if not shares:
         raise ValueError("Nothing has been pruned yet; run the model, then draw.")
-    figure, (above, below) = _figure(2, 1, (8, 6))
-    levels = [layer.levels for layer in pruning.layers.values()]
-    for rank in range(max(map(len, levels))):
-        above.plot([own[rank] for own in levels], marker=".", label=f"slot {rank + 2}")
-    above.set(ylabel="threshold", title=f"Expert pruning, {pruning.odp.method}")
-    above.legend(fontsize="small")
+    levels = [layer.levels for layer in pruning.layers.values() if isinstance(layer, ThresholdPruning)]
+    method = pruning.options.method if isinstance(pruning.options, ODPConfig) else "otp"
+    if levels and method != "otp":
+        figure, (above, below) = _figure(2, 1, (8, 6))
+        for rank in range(max(map(len, levels))):
+            above.plot([own[rank] for own in levels], marker=".", label=f"slot {rank + 2}")
+        above.set(ylabel="threshold")
+        above.legend(fontsize="small")
+    else:
+        figure, below = _figure(1, 1, (8, 3))
+    figure.suptitle(f"Expert pruning, {method}")
     for phase, share in shares.items():
         below.plot([100 * value for value in share], marker=".", label=phase)
     below.set(xlabel="MoE layer", ylabel="expert bytes skipped, %")

@@ -67,6 +67,9 @@ def library() -> ctypes.CDLL | None:
     loaded.mcmoe_moe.argtypes = [
         pointer, pointer, integer, pointer, integer, pointer, integer, integer, pointer, pointer, pointer, integer
     ]  # fmt: skip
+    loaded.mcmoe_keep_prefixes.argtypes = [
+        pointer, pointer, pointer, ctypes.c_float, ctypes.c_int64, pointer, integer, integer, *[pointer] * 6, integer
+    ]  # fmt: skip
     if loaded.mcmoe_select(wanted.encode()) is None:
         names = loaded.mcmoe_available().decode().split()
         raise ValueError(f"MCMOE_ISA is {wanted!r}, which cannot run here; choose one of {names} or 'reference'.")
@@ -198,6 +201,46 @@ def moe_mlp(
         DTYPES[x.dtype], tokens, index.data_ptr(), weights.data_ptr(), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def keep_prefixes(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    matrices: tuple[Tensor, Tensor],
+    shift: float,
+    none: int,
+    renormalize: bool,
+    counts: Tensor,
+    valid: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Routing after learned pruning, as `routing.otp` defines it: ids [T, K] int64 and weights [T, K] float32.
+
+    Args:
+        x: [T, H] tokens.
+        index: [T, K] expert ids, from 0 on; those from E on are no expert's and never skipped.
+        weights: [T, K] routing weights, in any order.
+        matrices: the router's, float32 and contiguous.
+        shift: subtracted from scores.
+        none: id that skipped slots get, E or more.
+        renormalize: scale kept weights to the sum that all had.
+        counts: [2 * (E + 1)] int64, contiguous; grow by the kept, then the skipped slots of each expert and of other ids.
+        valid: [T] bool, False for tokens that do not count; None for none.
+    """
+    loaded = library()
+    assert loaded is not None
+    x, index = x.contiguous(), index.to(torch.int64).contiguous()
+    weights = weights.to(torch.float32).contiguous()
+    kept, left = torch.empty_like(index), torch.empty_like(weights)
+    valid = valid.contiguous() if valid is not None else None
+    hidden, scores = matrices
+    sizes = (ctypes.c_int * 5)(x.shape[1], index.shape[1], hidden.shape[0], len(counts) // 2 - 1, renormalize)
+    loaded.mcmoe_keep_prefixes(
+        hidden.data_ptr(), scores.data_ptr(), sizes, shift, none, x.data_ptr(), DTYPES[x.dtype], len(index),
+        valid.data_ptr() if valid is not None else None, index.data_ptr(), weights.data_ptr(), kept.data_ptr(),
+        left.data_ptr(), counts.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return kept, left
 
 
 def layout(

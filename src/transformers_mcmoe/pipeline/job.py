@@ -23,7 +23,7 @@ from transformers_mcmoe.calibration.statistics import (
     hessian_error,
     output_errors,
 )
-from transformers_mcmoe.config import MCMoEConfig, ODPConfig
+from transformers_mcmoe.config import MCMoEConfig, ODPConfig, OTPConfig
 from transformers_mcmoe.memory import return_free_memory
 from transformers_mcmoe.models.stream import LayerRunner
 from transformers_mcmoe.models.structure import Structure
@@ -319,7 +319,7 @@ class Job:
             raise ValueError(f"No calibration token reached the experts of '{path}'; use other calibration data.")
         known = result.routing is not None
         result.routing, result.ratios = inputs.routing, ratios
-        if isinstance(self._config.odp, ODPConfig):
+        if isinstance(self._config.odp, ODPConfig) or isinstance(self._config.otp, OTPConfig):
             check_top_k(ratios.slots, path)
         result.starved = [e for e in range(experts.num_experts) if inputs.is_starved(e)]
         if result.starved and not known and (self._config.rounding == "gptq" or self._config.allocation in MEASURED):

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers_mcmoe.allocation.budget import LayerSize, expert_budgets
 from transformers_mcmoe.calibration.data import calibration_tokens
 from transformers_mcmoe.calibration.hessians import ExpertHessians
-from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig, ODPConfig
+from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig, ODPConfig, OTPConfig
 from transformers_mcmoe.models.structure import Structure
-from transformers_mcmoe.routing import check_prunable
+from transformers_mcmoe.routing import check_learnable, check_prunable
 from transformers_mcmoe.version import __version__
 from transformers_mcmoe.workdir import fingerprint
 
@@ -42,6 +42,8 @@ def prepare(structure: Structure, config: MCMoEConfig) -> tuple[dict[str, int], 
                 "odp finds its thresholds by calibration, but a given plan with rounding='nearest' needs none; "
                 "give ODPConfig(threshold=...), or rounding='gptq'."
             )
+    if isinstance(config.otp, OTPConfig):
+        check_learnable(structure.model, config.otp)
     budgets: dict[str, int] = {}
     if config.plan is not None:
         structure.check(config.plan)
@@ -53,7 +55,11 @@ def prepare(structure: Structure, config: MCMoEConfig) -> tuple[dict[str, int], 
         _check_at_least(config, sizes, found)
         budgets = dict(zip(structure.experts, found, strict=True))
     needed = config.plan is None or config.rounding != "nearest"
-    return budgets, tokens_for(structure.model, config) if needed else None
+    learns = isinstance(config.otp, OTPConfig)
+    tokens = tokens_for(structure.model, config) if needed or learns else None
+    if learns and tokens is not None and len(tokens) < 2:
+        raise ValueError("otp needs two calibration sequences or more, one of them to stop its training by.")
+    return budgets, tokens if needed else None
 
 
 def tokens_for(model: Any, config: MCMoEConfig) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dynamic expert pruning in one MoE layer: which routed slots a call's tokens skip, and what the others then weigh.
+"""Dynamic expert pruning in one MoE layer: which routed slots a call's tokens skip by thresholds and by their importance.
 
 Knows routing tensors and what ranks tokens, not modules.
 """
@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers_mcmoe.config import ODPConfig
 from transformers_mcmoe.routing.call import Call
 from transformers_mcmoe.routing.importance import TokenImportance
+from transformers_mcmoe.routing.layer import LayerPruning
 from transformers_mcmoe.routing.ratios import sort_slots
 
 
-class LayerPruning:
-    """Expert pruning of one layer.
+class ThresholdPruning(LayerPruning):
+    """Expert pruning of one layer by `ODPConfig`.
 
     Args:
         odp: the options.
@@ -43,20 +44,13 @@ class LayerPruning:
         expert_bytes: Sequence[float],
         skip: int | None,
     ) -> None:
-        self.odp, self.name, self.levels, self.renormalize = odp, name, list(levels), renormalize
-        self.counts = Counts(expert_bytes)
-        self._call, self._importance, self._skip = call, importance, skip
+        super().__init__(name, renormalize, call, expert_bytes, skip)
+        self.odp, self.levels, self._importance = odp, list(levels), importance
         self._random = torch.Generator().manual_seed(odp.seed + zlib.crc32(name.encode()))
 
     @torch.no_grad()
     def skipped(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Which slots are skipped, [T, K] bool.
-
-        Args:
-            x: [T, H] tokens.
-            index: [T, K] expert ids; ids that are no expert's are not touched.
-            weights: [T, K] routing weights, in any order.
-        """
+        """Which slots are skipped, [T, K] bool; see `LayerPruning`."""
         chosen = self._below(index, weights) if self.odp.method == "odp" else self._compared(x, index, weights)
         if self.odp.drop_all:
             chosen |= self._tokens(self.odp.drop_all, index, least=True)[:, None]
@@ -98,65 +92,6 @@ class LayerPruning:
                 f"The experts of '{self.name}' were called with {len(index)} tokens, the model with {shape}; tokens cannot "
                 "be ranked in this model, set protect=0 and drop_all=0."
             )
-
-    def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert ids and routing weights [T, K] after pruning; gradients reach the weights that are kept."""
-        skipped = self.skipped(x, index, weights)
-        self.counts.add(index, skipped, self._call)
-        kept = weights.masked_fill(skipped, 0)
-        if self.renormalize:
-            total, left = weights.sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
-            # tokens that skip nothing keep their weights to the bit: total / left is 1
-            kept = kept * torch.where(left > 0, total / left.masked_fill(left == 0, 1), 1)
-        return (index if self._skip is None else index.masked_fill(skipped, self._skip)), kept
-
-
-class Counts:
-    """Routed slots by expert, and how many of them were skipped; prompts and single tokens apart.
-
-    Args:
-        expert_bytes: [E].
-
-    Attributes:
-        num_experts: E.
-    """
-
-    def __init__(self, expert_bytes: Sequence[float]) -> None:
-        self.num_experts = len(expert_bytes)
-        self._bytes = torch.tensor(expert_bytes, dtype=torch.float64)
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget what was counted."""
-        # prefill and decode: slots of each expert, ids that are none, the same of skipped slots, tokens
-        self._counts = torch.zeros(2, 2 * (self.num_experts + 1) + 1, dtype=torch.int64)
-
-    def add(self, index: Tensor, skipped: Tensor, call: Call) -> None:
-        """Count a call's slots [T, K]; padding does not count."""
-        if self._counts.device != index.device:
-            self._counts = self._counts.to(index.device)
-        counts = self._counts[int(call.shape is not None and call.shape[1] == 1)]
-        place = index.clamp(max=self.num_experts) + skipped * (self.num_experts + 1)
-        if call.valid is not None and call.valid.numel() == len(index):
-            tokens = call.valid.reshape(-1, 1).to(index.device, torch.int64)
-            counts[-1] += tokens.sum()
-        else:
-            tokens = torch.ones_like(index[:, :1])
-            counts[-1] += len(index)
-        counts.scatter_add_(0, place.flatten(), tokens.expand_as(place).flatten())
-
-    def read(self, phase: int) -> dict[str, float]:
-        """Sums of a phase: 0 for prefill, 1 for decode."""
-        *slots, tokens = self._counts[phase].to("cpu", torch.float64)
-        kept, gone = torch.stack(slots).view(2, -1)[:, :-1]
-        routed = kept + gone
-        return {
-            "tokens": float(tokens),
-            "slots": float(routed.sum()),
-            "slots_skipped": float(gone.sum()),
-            "bytes": float(routed @ self._bytes),
-            "bytes_skipped": float(gone @ self._bytes),
-        }
 
 
 def token_statistic(method: str, x: Tensor) -> Tensor:

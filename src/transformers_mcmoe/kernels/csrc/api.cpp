@@ -6,6 +6,7 @@
 
 #include "drive.h"
 #include "moe.h"
+#include "prefix.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -163,4 +164,13 @@ MCMOE_API void mcmoe_moe(const uint8_t* arena, const int64_t* layout, int expert
     list[e].down = matrix(arena, layout + 6 * e + 3, moe_shape.inner);
   }
   moe(list.data(), experts, moe_shape, int8 != 0, x, dtype, tokens, index, weights, out, threads);
+}
+
+// Learned pruning of a layer's routing (prefix.h). sizes: hidden, top_k, rank, experts, renormalize.
+MCMOE_API void mcmoe_keep_prefixes(const float* units, const float* scores, const int* sizes, float shift, int64_t none,
+                                   const void* x, int dtype, int tokens, const uint8_t* valid, const int64_t* index,
+                                   const float* weights, int64_t* out_index, float* out_weights, int64_t* counts,
+                                   int threads) {
+  const PrefixRouter router{units, scores, sizes[0], sizes[1], sizes[2], shift, sizes[3], none, sizes[4] != 0};
+  keep_prefixes(router, x, dtype, tokens, valid, index, weights, out_index, out_weights, counts, threads);
 }

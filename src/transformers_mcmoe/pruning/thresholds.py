@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Expert pruning as users call it: switch it on, off or to other options on a loaded model, and see what it saves.
+"""Thresholds of `ODPConfig` for a model: read from what its compression recorded, or from text that is run through it.
 
-Finds thresholds, in what a compression recorded or by running text through the model; `routing` applies them.
+Finds them; `routing` applies them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ from torch.nn import functional
 
 from transformers_mcmoe.config import MCMoEConfig, ODPConfig
 from transformers_mcmoe.models.experts import layer_of
-from transformers_mcmoe.pipeline.prepare import tokens_for
 from transformers_mcmoe.plan import under_prefix
+from transformers_mcmoe.pruning.stats import expert_pruning_stats
 from transformers_mcmoe.report import compression_report
 from transformers_mcmoe.routing import (
     ExpertPruning,
     RatioTable,
-    attached,
     check_top_k,
-    chosen_layers,
     expert_bytes,
     observe_routing,
     prunable_experts,
@@ -38,61 +36,6 @@ logger = logging.getLogger(__name__)
 BATCH_TOKENS = 2048
 # calibration tokens that layers="auto" compares outputs on: their logits are held
 KL_TOKENS = 2048
-
-
-def set_expert_pruning(
-    model: Any,
-    odp: bool | ODPConfig | Mapping[str, Any] = True,
-    *,
-    dataset: Any = None,
-    tokenizer: Any = None,
-    num_samples: int = 128,
-    seq_len: int = 2048,
-    seed: int = 0,
-) -> ODPConfig | None:
-    """Switch dynamic expert pruning of a loaded model on, off, or to other options.
-
-    A packed model needs no data: its compression recorded what thresholds are read from. A model that was not compressed
-    runs calibration text first, unless `threshold` is given; skipped slots get the weight 0 there, which gives the
-    results of pruning and saves no time.
-
-    Args:
-        model: a transformers model, packed or not; changed in place. A packed one is saved with it.
-        odp: True for the defaults, options, or False for off.
-        dataset: calibration text, as in `MCMoEConfig`; for packed models, measure again on this.
-        tokenizer: tokenizer object or id; default the model's own.
-        num_samples: calibration sequences.
-        seq_len: tokens per calibration sequence.
-        seed: seed of the choice of text.
-
-    Returns:
-        The options with the thresholds that were found, None for off.
-
-    Raises:
-        ValueError: no thresholds can be found, or options do not fit the model; the model then keeps what it had.
-    """
-    before, options = attached(model), ODPConfig.read(odp)
-    config = _quantization_config(model)
-    if options is not None:
-        chosen_layers(prunable_experts(model), options)  # refuses what does not fit before anything is run
-    if before is not None:
-        before.detach()
-    try:
-        if options is not None:
-            if dataset is not None:
-                data = {"dataset": dataset, "tokenizer": tokenizer, "seed": seed}
-                tokens = tokens_for(model, MCMoEConfig(num_samples=num_samples, seq_len=seq_len, **data))
-                options = with_thresholds(model, options, None, tokens)
-            elif not options.calibrated:
-                options = with_thresholds(model, options, recorded_ratios(model), None)
-            options = start_expert_pruning(model, options)
-    except BaseException:
-        if before is not None:
-            ExpertPruning(model, before.odp)
-        raise
-    if config is not None:
-        config.odp = options
-    return options
 
 
 def start_expert_pruning(model: Any, odp: ODPConfig) -> ODPConfig:
@@ -137,51 +80,9 @@ def with_thresholds(
     return replace(odp, layers=_choose_layers(model, odp, tokens), max_kl=None)
 
 
-def expert_pruning_stats(model: Any, reset: bool = False) -> dict[str, Any]:
-    """What expert pruning skipped since it was switched on, or since the last reset.
-
-    Args:
-        model: a model with expert pruning.
-        reset: start counting again afterwards.
-
-    Returns:
-        "prefill" (calls with several tokens a sequence) and "decode" (with one), each with `tokens`; `slots` and `bytes`, the
-        routed (token, expert) pairs and the bytes of their experts; `slots_skipped` and `bytes_skipped`, shares of
-        these; `bytes_per_token`, the bytes of experts that a token ran, over all layers; and `layers`, the same per
-        experts module. Shares are None where nothing was routed. Padding is not counted.
-
-    Raises:
-        ValueError: the model has no expert pruning.
-    """
-    pruning = attached(model)
-    if pruning is None:
-        raise ValueError("This model has no expert pruning; switch it on with set_expert_pruning(model).")
-    report: dict[str, Any] = {}
-    for phase, name in enumerate(("prefill", "decode")):
-        layers = {path: layer.counts.read(phase) for path, layer in pruning.layers.items()}
-        total = {key: sum(layer[key] for layer in layers.values()) for key in next(iter(layers.values()))}
-        total["tokens"] = max(layer["tokens"] for layer in layers.values())
-        report[name] = _shares(total) | {"layers": {path: _shares(layer) for path, layer in layers.items()}}
-    if reset:
-        for layer in pruning.layers.values():
-            layer.counts.reset()
-    return report
-
-
-def _shares(sums: Mapping[str, float]) -> dict[str, Any]:
-    return {
-        "tokens": int(sums["tokens"]),
-        "slots": int(sums["slots"]),
-        "bytes": int(sums["bytes"]),
-        "slots_skipped": sums["slots_skipped"] / sums["slots"] if sums["slots"] else None,
-        "bytes_skipped": sums["bytes_skipped"] / sums["bytes"] if sums["bytes"] else None,
-        "bytes_per_token": (sums["bytes"] - sums["bytes_skipped"]) / sums["tokens"] if sums["tokens"] else None,
-    }
-
-
 def recorded_ratios(model: Any) -> Mapping[str, Any] | None:
     """What a packed model's report knows of its routing; None if it is not packed or has no report."""
-    if _quantization_config(model) is None:
+    if quantization_config_of(model) is None:
         return None
     try:
         return compression_report(model).get("routing_ratios")
@@ -266,7 +167,8 @@ def _evaluating(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def _quantization_config(model: Any) -> MCMoEConfig | None:
+def quantization_config_of(model: Any) -> MCMoEConfig | None:
+    """The config that a packed model was loaded or compressed with; None for other models."""
     quantizer = getattr(model, "hf_quantizer", None)
     config = getattr(quantizer, "quantization_config", None)
     return config if isinstance(config, MCMoEConfig) else None

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expert pruning in one MoE layer: what remains of a call's routing when a rule has said which slots are skipped.
+
+Knows routing tensors, not modules, and no rule.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from transformers_mcmoe.routing.call import Call
+
+
+class LayerPruning(ABC):
+    """Expert pruning of one layer; subclasses are the rules.
+
+    Args:
+        name: distinguishes layers, for messages.
+        renormalize: scale kept weights to the sum that all had.
+        call: what is known of the model's current call.
+        expert_bytes: [E], size of each expert.
+        skip: expert id that stands for none; None keeps ids, and skipped slots get the weight 0.
+    """
+
+    def __init__(
+        self, name: str, renormalize: bool, call: Call, expert_bytes: Sequence[float], skip: int | None
+    ) -> None:
+        self.name, self.renormalize = name, renormalize
+        self.counts = Counts(expert_bytes)
+        self._call, self._skip = call, skip
+
+    @abstractmethod
+    def skipped(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Which slots are skipped, [T, K] bool.
+
+        Args:
+            x: [T, H] tokens.
+            index: [T, K] expert ids; ids that are no expert's are not touched.
+            weights: [T, K] routing weights, in any order.
+        """
+
+    def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Expert ids and routing weights [T, K] after pruning; gradients reach the weights that are kept."""
+        skipped = self.skipped(x, index, weights)
+        self.counts.add(index, skipped, self._call)
+        kept = weights.masked_fill(skipped, 0)
+        if self.renormalize:
+            kept = reweighted(weights, kept)
+        return (index if self._skip is None else index.masked_fill(skipped, self._skip)), kept
+
+
+def reweighted(weights: Tensor, kept: Tensor) -> Tensor:
+    """What is kept of routing weights [T, K], scaled to the sum that all had."""
+    total, left = weights.sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
+    # tokens that skip nothing keep their weights to the bit: total / left is 1
+    return kept * torch.where(left > 0, total / left.masked_fill(left == 0, 1), 1)
+
+
+class Counts:
+    """Routed slots by expert, and how many of them were skipped; prompts and single tokens apart.
+
+    Args:
+        expert_bytes: [E].
+
+    Attributes:
+        num_experts: E.
+    """
+
+    def __init__(self, expert_bytes: Sequence[float]) -> None:
+        self.num_experts = len(expert_bytes)
+        self._bytes = torch.tensor(expert_bytes, dtype=torch.float64)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        # prefill and decode: slots of each expert, ids that are none, the same of skipped slots, tokens
+        self._counts = torch.zeros(2, 2 * (self.num_experts + 1) + 1, dtype=torch.int64)
+
+    def of(self, call: Call, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """For a call with routing [T, K]: [2 * (E + 1)] counts of kept and skipped slots, and its tokens [T] that count.
+
+        Its tokens are counted here. None: all count.
+        """
+        if self._counts.device != index.device:
+            self._counts = self._counts.to(index.device)
+        counts = self._counts[int(call.shape is not None and call.shape[1] == 1)]
+        if call.valid is None or call.valid.numel() != len(index):
+            counts[-1] += len(index)
+            return counts[:-1], None
+        valid = call.valid.reshape(-1).to(index.device)
+        counts[-1] += valid.sum()
+        return counts[:-1], valid
+
+    def add(self, index: Tensor, skipped: Tensor, call: Call) -> None:
+        """Count a call's slots [T, K]; padding does not count."""
+        counts, valid = self.of(call, index)
+        place = index.clamp(max=self.num_experts) + skipped * (self.num_experts + 1)
+        each = torch.ones_like(place) if valid is None else valid[:, None].to(torch.int64).expand_as(place)
+        counts.scatter_add_(0, place.flatten(), each.flatten())
+
+    def read(self, phase: int) -> dict[str, float]:
+        """Sums of a phase: 0 for prefill, 1 for decode."""
+        *slots, tokens = self._counts[phase].to("cpu", torch.float64)
+        kept, gone = torch.stack(slots).view(2, -1)[:, :-1]
+        routed = kept + gone
+        return {
+            "tokens": float(tokens),
+            "slots": float(routed.sum()),
+            "slots_skipped": float(gone.sum()),
+            "bytes": float(routed @ self._bytes),
+            "bytes_skipped": float(gone @ self._bytes),
+        }
