@@ -8,11 +8,8 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import here
+from pages import replace_part
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,8 +32,6 @@ from transformers_mcmoe.memory import anonymous_memory, return_free_memory
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "lora.jsonl"
-DOCS = ROOT.parent / "docs" / "lora.md"
-MARK = "<!-- below this line: written by benchmarks/lora.py docs -->"
 RANK = 16
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 # the dense model's experts as PEFT itself names them
@@ -217,10 +214,7 @@ def distil(model: Any, dense: Any, data: torch.Tensor, rate: float) -> float:
 def write(options: argparse.Namespace, row: dict[str, Any]) -> None:
     """Append a row with what it was measured on."""
     info = transformers_mcmoe.backend_info()
-    row |= {
-        "threads": torch.get_num_threads(), "backend": info["instruction_set"], "load": round(os.getloadavg()[0], 1),
-        "cpus": os.cpu_count(), "machine": platform.machine(), "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
+    row |= {"threads": torch.get_num_threads(), "backend": info["instruction_set"]} | here()
     row = {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a", encoding="utf-8") as file:
@@ -228,7 +222,7 @@ def write(options: argparse.Namespace, row: dict[str, Any]) -> None:
     print(json.dumps(row), flush=True)
 
 
-def docs(options: argparse.Namespace) -> None:
+def write_docs() -> None:
     """Write the tables of docs/lora.md: the last row of each kind."""
     rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
 
@@ -236,44 +230,87 @@ def docs(options: argparse.Namespace) -> None:
         picked = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
         return list({tuple(row.get(key) for key in keys): row for row in picked}.values())
 
-    lines = ["", "## Quality", "", "| model, training | text | dense | packed | started | trained | gap closed |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for r in last("bits", row="new domain"):
-        lines.append(f"| demo, {r['bits']} bits, {r['train_tokens']:,} tokens of Python code | held-out code, "
-                     f"{r['test_tokens']:,} tokens | {r['dense']:.2f} | {r['packed']:.2f} | | {r['adapted']:.2f} | |")  # fmt: skip
-    for r in last("model", "bits", "distill", "mcmoe", row="recovery"):
-        how = ("distilled" if r["distill"] else "text alone") + ("" if r["mcmoe"] else ", zero start")
-        cells = [
-            f"{r[name]:.2f} / {r[name + '_kl']:.4f}" if name in r else ""
-            for name in ("packed", "started", "recovered")
-        ]
-        text = "documentation" if r["model"] == "demo" else "wikitext2_test, windows of 1024"
-        lines.append(f"| {r['model']}, {r['bits']} bits, {r['train_tokens']:,} tokens, {how} | {text}, {r['test_tokens']:,} tokens "
-                     f"| {r['dense']:.2f} | {' | '.join(cells)} | {100 * r['gap_closed']:.0f} % |")  # fmt: skip
+    domains = last("bits", row="new domain")
+    recoveries = last("model", "bits", "distill", "mcmoe", row="recovery")
+    speeds, memory = last("way", "kind", row="speed"), last("kind", row="memory")
+    lines = _domain_table(domains) + _recovery_table(recoveries) + _speed_table(speeds) + _memory_table(memory)
+    replace_part("lora.md", "benchmarks/lora.py", lines)
+
+
+def _measured_on(rows: list[dict[str, Any]]) -> str:
+    """Machines of the rows, and how busy they were."""
+    processors = sorted(
+        {f"{r['processor']}, {r['cpus']} cores, {r['threads']} thread, kernels {r['backend']}" for r in rows}
+    )
+    loads = [r["load"] for r in rows]
+    return f"{'; '.join(processors)}; load {min(loads)} to {max(loads)}, {max(r['date'] for r in rows)}."
+
+
+def _domain_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["## A new domain", "", f"The demo model knows Python's documentation; LoRA of rank {RANK} on all linear layers and experts learns Python's code "
+             f"(`examples/finetune_lora.py`). Perplexity on files that training never saw. {_measured_on(rows)}", ""]  # fmt: skip
     lines += [
-        "",
-        "Cells are perplexity, or perplexity / KL to the dense model; rank 16 everywhere.",
-        "",
-        "## Speed",
-        "",
+        "| packed at | trained on | measured on | dense | packed | packed + LoRA | training |",
+        "|---|---|---|---|---|---|---|",
     ]
-    lines += ["| | tokens/s | times dense bf16 | rounds, threads, backend |", "|---|---|---|---|"]
-    for r in last("way", "kind", row="speed"):
-        lines.append(f"| {r['way']}, {r['kind']} | {r['tokens_per_s']:.1f} | {r.get('times_dense', '')} | "
-                     f"{r['rounds']}, {r['threads']}, {r['backend']} |")  # fmt: skip
-    lines += ["", "## Memory", "", "| MB | resident | peak | packed bytes | kernels' copy | adapters | the rest |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for r in last("kind", row="memory"):
+    for r in rows:
+        cells = " | ".join(f"{r[name]:.2f}" for name in ("dense", "packed", "adapted"))
+        lines.append(
+            f"| {r['bits']} bits | {r['train_tokens']:,} tokens | {r['test_tokens']:,} tokens | {cells} | {r['seconds'] / 60:.1f} min |"
+        )
+    return [*lines, ""]
+
+
+def _recovery_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["## Recovery after compression", "", f"LoRA of rank {RANK} on all linear layers and experts, then trained on general text. Perplexity / KL divergence to the dense "
+             "model on text that neither calibration nor training saw: the demo model on Python's documentation, smolmoe (373 M, Mixtral's "
+             f"architecture) on WikiText-2's test set in windows of 1,024 tokens. {_measured_on(rows)}", ""]  # fmt: skip
+    lines += [
+        "| model, bits | start | loss | trained on | dense | packed | started | trained | gap closed | training |"
+    ]
+    lines.append("|---" * 10 + "|")
+    for r in rows:
+        cells = [f"{r[n]:.2f} / {r[n + '_kl']:.4f}" if n in r else "" for n in ("packed", "started", "recovered")]
+        how = ["quantization error" if r["mcmoe"] else "zero", "KL to dense" if r["distill"] else "text"]
+        lines.append(f"| {r['model']}, {r['bits']} | {how[0]} | {how[1]} | {r['train_tokens']:,} tokens | {r['dense']:.2f} | "
+                     f"{' | '.join(cells)} | {100 * r['gap_closed']:.0f} % | {r['seconds'] / 60:.1f} min |")  # fmt: skip
+    return [*lines, "", "Gap closed: of the perplexity that compression cost.", ""]
+
+
+def _speed_table(rows: list[dict[str, Any]]) -> list[str]:
+    first = rows[0]
+    lines = ["## Speed", "", f"The first {first['layers']} layers of smolmoe at 2.54 bits, LoRA of rank {first['rank']} on attention and experts, beside the dense "
+             f"model in bf16 with the same adapters, in turns, medians of {first['rounds']} rounds. Training: forward and backward pass of "
+             f"{first['tokens']:,} tokens in sequences of 256; decoding: one sequence. {_measured_on(rows)}", ""]  # fmt: skip
+    lines += ["| | packed, tokens/s | dense bf16, tokens/s | packed / dense |", "|---|---|---|---|"]
+    ways: dict[str, dict[str, float]] = {}
+    for r in rows:
+        ways.setdefault(r["way"], {})[r["kind"]] = r["tokens_per_s"]
+    for way, of in ways.items():
+        dense = of.get("dense bf16")
+        cells = (f"{dense:.1f}", f"{of['packed'] / dense:.2f}") if dense else ("", "")
+        lines.append(f"| {way} | {of['packed']:.1f} | {cells[0]} | {cells[1]} |")
+    return [*lines, ""]
+
+
+def _memory_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["## Memory", "", f"All of smolmoe, training with gradient checkpointing, {rows[0]['tokens']:,} tokens a step, each model in a process of its own. Anonymous "
+             "memory above that of the imported libraries, MB: after a step, and the most during one. Packed bytes are mapped from the file; "
+             f"the kernels' copy of them is anonymous. The rest: embeddings, norms, output head. {_measured_on(rows)}", ""]  # fmt: skip
+    lines += [
+        "| | resident | peak | packed bytes | kernels' copy | adapters | the rest |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
         names = ("resident", "peak", "packed_bytes", "kernel_copy_bytes", "adapters_bytes", "other_bytes")
         lines.append(f"| {r['kind']} | " + " | ".join(f"{r[name] / 1e6:.0f}" for name in names) + " |")
-    page = DOCS.read_text(encoding="utf-8").partition(MARK)[0]
-    DOCS.write_text(page + MARK + "\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    return [*lines, ""]
 
 
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["speed", "memory", "demo", "recover", "docs"])
+    parser.add_argument("part", nargs="?", choices=["speed", "memory", "demo", "recover"])
     parser.add_argument("--packed", type=Path)
     parser.add_argument("--dense", type=Path)
     parser.add_argument("--layers", type=int, help="the first layers only")
@@ -290,9 +327,15 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--adapter", type=Path, help="keep the started adapter here; used again if it is there")
     parser.add_argument("--kind", choices=list(EXPERTS), help=argparse.SUPPRESS)
+    parser.add_argument("--docs", action="store_true", help="write docs/lora.md from the rows, and stop")
     options = parser.parse_args()
+    if options.docs:
+        write_docs()
+        return
+    if options.part is None:
+        parser.error("say which part to run, or --docs")
     torch.set_num_threads(options.threads)
-    parts = {"speed": speed, "memory": memory, "demo": demo, "recover": recover_any, "docs": docs}
+    parts = {"speed": speed, "memory": memory, "demo": demo, "recover": recover_any}
     parts[options.part](options)
 
 

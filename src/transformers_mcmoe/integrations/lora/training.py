@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from transformers_mcmoe.config import ODPConfig
 from transformers_mcmoe.integrations.lora.registration import register
 from transformers_mcmoe.integrations.lora.targets import is_packed
 from transformers_mcmoe.routing import attached
@@ -41,7 +42,8 @@ def prepare_for_training(model: Any, gradient_checkpointing: bool = True) -> Any
             "This model has adapters, which would be frozen; call prepare_for_training before get_peft_model."
         )
     pruning = attached(model)
-    if gradient_checkpointing and pruning is not None and pruning.odp.needs_attention:
+    options = pruning.options if pruning is not None else None
+    if gradient_checkpointing and isinstance(options, ODPConfig) and options.needs_attention:
         raise ValueError(
             "Expert pruning ranks tokens, which gradient checkpointing cannot repeat; call "
             "set_expert_pruning(model, False) or ODPConfig(protect=0) first, or pass gradient_checkpointing=False."
