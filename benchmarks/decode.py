@@ -186,12 +186,15 @@ def _write(options: argparse.Namespace, measured: dict[tuple[str, int, int], lis
 
 
 def write_docs() -> None:
-    """The tables of docs/kernels.md: the newest row of each candidate, prompt and batch on each processor."""
+    """The tables of docs/kernels.md: the newest row of each candidate, prompt and batch, a table for each processor and model."""
     rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-    newest = {(r.get("processor", "Xeon"), r["prompt"], r["batch"], r["candidate"], r["mode"]): r for r in rows}
+    tables: dict[tuple[Any, ...], dict[tuple[Any, ...], dict[str, Any]]] = {}
+    for row in rows:
+        table = tables.setdefault((row.get("processor", "Xeon"), row["shape"], row["layers"]), {})
+        table[row["prompt"], row["batch"], row["candidate"], row["mode"]] = row
     parts: list[str] = []
-    for processor in dict.fromkeys(key[0] for key in newest):
-        own = [row for key, row in newest.items() if key[0] == processor]
+    for (processor, _, _), newest in tables.items():
+        own = list(newest.values())
         first = own[0]
         parts += [
             f"### {processor} ({first['backend']}), {first['threads']} threads: {first['shape']}, {first['layers']} layers, "
