@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from transformers_mcmoe import ODPConfig
+from transformers_mcmoe.kernels import cpu
 from transformers_mcmoe.routing import RatioTable, RoutingRatios, ThresholdPruning
 from transformers_mcmoe.routing.call import Call
 
@@ -39,6 +40,31 @@ class TestRule:
             for k in range(K):
                 expected = float(weights[t, k]) / total if k in kept else 0.0
                 assert abs(float(new_weights[t, k]) - expected) < 1e-5
+
+    @pytest.mark.skipif(cpu.library() is None, reason="installed without the CPU kernels (no C++ compiler)")
+    @pytest.mark.parametrize("levels", [[0.8, 0.5, 0.3], [0.5, 0.5, 0.5]])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_compiled_equals_the_reference(self, levels, dtype):
+        index, weights = _routing()
+        index[index == 5] = E + 1  # no expert: never skipped
+        weights = weights.to(dtype)
+        levels[0] = float(weights[0, 1] / weights[0].max()) if levels[0] != levels[1] else levels[0]  # at the edge
+        call, whole = Call(), torch.arange(T) % 5 == 0
+        call.shape, call.valid = (2, T // 2), torch.arange(T).view(2, -1) % 7 > 0
+        expected, compiled = (
+            ThresholdPruning(ODPConfig(threshold=0.5), "x", levels, True, call, None, [1.0] * E, E + 2)
+            for _ in range(2)
+        )
+        for pruning in (expected, compiled):
+            pruning._tokens = lambda share, index: whole
+        expected.compiled = lambda x, index: None
+        (kept, left), (ids, found) = (pruning(torch.zeros(T, 8), index, weights) for pruning in (expected, compiled))
+        assert torch.equal(ids, kept)
+        assert found.dtype == dtype
+        assert torch.allclose(found, left, rtol=1e-6 if dtype == torch.float32 else 2e-2)  # bf16 is rounded thrice
+        assert compiled.counts.read(0) == expected.counts.read(0)
+        assert 0 < expected.counts.read(0)["slots_skipped"] < T * (K - 1)
+        assert torch.equal(ids[whole], index[whole])
 
     def test_nothing_is_skipped_at_zero(self):
         index, weights = _routing()

@@ -15,8 +15,10 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ ROWS = UNIT = 32  # rows of a block, columns of a unit, as in csrc/kernels.h
 MODES = ("exact", "int8")
 _HUGE_PAGE = 2 << 20
 # records are fetched ahead of use; what lies behind the last one must belong to us
-_MARGIN = 8 << 10
+_MARGIN = 16 << 10
 
 
 @cache
@@ -67,9 +69,11 @@ def library() -> ctypes.CDLL | None:
     loaded.mcmoe_moe.argtypes = [
         pointer, pointer, integer, pointer, integer, pointer, integer, integer, pointer, pointer, pointer, integer
     ]  # fmt: skip
+    routing: list[Any] = [pointer, ctypes.c_int64, pointer]
     loaded.mcmoe_keep_prefixes.argtypes = [
-        pointer, pointer, pointer, ctypes.c_float, ctypes.c_int64, pointer, integer, integer, *[pointer] * 6, integer
+        *routing, pointer, pointer, integer, integer, ctypes.c_float, pointer, integer, integer
     ]  # fmt: skip
+    loaded.mcmoe_skip_below.argtypes = [*routing, pointer, pointer, integer]
     if loaded.mcmoe_select(wanted.encode()) is None:
         names = loaded.mcmoe_available().decode().split()
         raise ValueError(f"MCMOE_ISA is {wanted!r}, which cannot run here; choose one of {names} or 'reference'.")
@@ -203,44 +207,68 @@ def moe_mlp(
     return out
 
 
-def keep_prefixes(
-    x: Tensor,
-    index: Tensor,
-    weights: Tensor,
-    matrices: tuple[Tensor, Tensor],
-    shift: float,
-    none: int,
-    renormalize: bool,
-    counts: Tensor,
-    valid: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Routing after learned pruning, as `routing.otp` defines it: ids [T, K] int64 and weights [T, K] float32.
+@dataclass(frozen=True)
+class Pruned:
+    """A call's routing, what expert pruning leaves of it, and how it is counted.
 
     Args:
-        x: [T, H] tokens.
         index: [T, K] expert ids, from 0 on; those from E on are no expert's and never skipped.
         weights: [T, K] routing weights, in any order.
-        matrices: the router's, float32 and contiguous.
-        shift: subtracted from scores.
         none: id that skipped slots get, E or more.
         renormalize: scale kept weights to the sum that all had.
         counts: [2 * (E + 1)] int64, contiguous; grow by the kept, then the skipped slots of each expert and of other ids.
         valid: [T] bool, False for tokens that do not count; None for none.
     """
-    loaded = library()
-    assert loaded is not None
-    x, index = x.contiguous(), index.to(torch.int64).contiguous()
-    weights = weights.to(torch.float32).contiguous()
-    kept, left = torch.empty_like(index), torch.empty_like(weights)
-    valid = valid.contiguous() if valid is not None else None
-    hidden, scores = matrices
-    sizes = (ctypes.c_int * 5)(x.shape[1], index.shape[1], hidden.shape[0], len(counts) // 2 - 1, renormalize)
-    loaded.mcmoe_keep_prefixes(
-        hidden.data_ptr(), scores.data_ptr(), sizes, shift, none, x.data_ptr(), DTYPES[x.dtype], len(index),
-        valid.data_ptr() if valid is not None else None, index.data_ptr(), weights.data_ptr(), kept.data_ptr(),
-        left.data_ptr(), counts.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return kept, left
+
+    index: Tensor
+    weights: Tensor
+    none: int
+    renormalize: bool
+    counts: Tensor
+    valid: Tensor | None
+
+    def keep_prefixes(self, x: Tensor, matrices: tuple[Tensor, Tensor], shift: float) -> tuple[Tensor, Tensor]:
+        """Ids [T, K] int64 and weights [T, K] after learned pruning, as `routing.otp` defines it.
+
+        Args:
+            x: [T, H] tokens.
+            matrices: the router's, float32 and contiguous.
+            shift: subtracted from scores.
+        """
+        hidden, scores = matrices
+        x = x.contiguous()
+        rule = (
+            hidden.data_ptr(),
+            scores.data_ptr(),
+            x.shape[1],
+            hidden.shape[0],
+            shift,
+            x.data_ptr(),
+            DTYPES[x.dtype],
+        )
+        return self._run("mcmoe_keep_prefixes", *rule)
+
+    def skip_below(self, levels: Sequence[float], whole: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Ids [T, K] int64 and weights [T, K] after pruning by thresholds, as `routing.odp` defines it.
+
+        Args:
+            levels: K - 1 shares of a token's largest weight, for its second largest and so on.
+            whole: [T] bool, tokens that skip nothing; None for none.
+        """
+        whole = whole.contiguous() if whole is not None else None
+        rule = ((ctypes.c_float * len(levels))(*levels), whole.data_ptr() if whole is not None else None)
+        return self._run("mcmoe_skip_below", *rule)
+
+    def _run(self, name: str, *rule: Any) -> tuple[Tensor, Tensor]:
+        index = self.index.to(torch.int64).contiguous()
+        weights = self.weights.to(torch.float32).contiguous()
+        valid = self.valid.contiguous() if self.valid is not None else None
+        kept, left = torch.empty_like(index), torch.empty_like(weights)
+        sizes = (ctypes.c_int * 4)(*index.shape, len(self.counts) // 2 - 1, self.renormalize)
+        tensors = (index, weights, valid, kept, left, self.counts)
+        pointers = (ctypes.c_void_p * 6)(*(tensor.data_ptr() if tensor is not None else None for tensor in tensors))
+        getattr(library(), name)(sizes, self.none, pointers, *rule, torch.get_num_threads())
+        return kept, left.to(self.weights.dtype)
 
 
 def layout(

@@ -90,11 +90,14 @@ def attention_received(
         weights = logits.softmax(-1)
         if mask is not None:  # a padded query may see nothing at all
             weights.nan_to_num_(0.0)
-        share = (counted[:, None, rows] / heads).expand(batch, heads, -1).reshape(batch, 1, -1)
-        received[:, :last] += (share @ weights.flatten(1, 2)).squeeze(1)[:, :last]
+        if queries > 1:
+            share = (counted[:, None, rows] / heads).expand(batch, heads, -1).reshape(batch, 1, -1)
+            received[:, :last] += (share @ weights.flatten(1, 2)).squeeze(1)[:, :last]
         index = own[rows].view(1, 1, -1, 1).expand(batch, heads, -1, 1)
         given[:, rows] = weights.gather(-1, index).mean(1).squeeze(-1) * counted[:, rows]
-    return received[:, own], given
+    return (
+        received[:, own] if queries > 1 else given
+    ), given  # a single query is the only one that its token receives from
 
 
 def _mask(logits: Tensor, mask: Tensor) -> None:

@@ -7,11 +7,12 @@ Knows routing tensors, not modules, and no rule.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from transformers_mcmoe.kernels import cpu
 from transformers_mcmoe.routing.call import Call
 
 
@@ -43,8 +44,22 @@ class LayerPruning(ABC):
             weights: [T, K] routing weights, in any order.
         """
 
+    def compiled(self, x: Tensor, index: Tensor) -> Callable[[cpu.Pruned], tuple[Tensor, Tensor]] | None:
+        """The rule as a call of the compiled kernels, None where they do not have it: `skipped` and all that follows at once.
+
+        Torch takes some hundred microseconds for it, most of what pruning saves of a token's time.
+        """
+        return None
+
     def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids and routing weights [T, K] after pruning; gradients reach the weights that are kept."""
+        graded = torch.is_grad_enabled() and weights.requires_grad
+        served = not torch.compiler.is_compiling() and cpu.takes(x) and cpu.library() is not None
+        if served and not graded and self._skip is not None:
+            run = self.compiled(x, index)
+            if run is not None:
+                counts, valid = self.counts.of(self._call, index)
+                return run(cpu.Pruned(index, weights, self._skip, self.renormalize, counts, valid))
         skipped = self.skipped(x, index, weights)
         self.counts.add(index, skipped, self._call)
         kept = weights.masked_fill(skipped, 0)

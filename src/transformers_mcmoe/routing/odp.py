@@ -7,12 +7,13 @@ Knows routing tensors and what ranks tokens, not modules.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from transformers_mcmoe.config import ODPConfig
+from transformers_mcmoe.kernels import cpu
 from transformers_mcmoe.routing.call import Call
 from transformers_mcmoe.routing.importance import TokenImportance
 from transformers_mcmoe.routing.layer import LayerPruning
@@ -57,6 +58,15 @@ class ThresholdPruning(LayerPruning):
         if self.odp.protect:
             chosen &= ~self._tokens(self.odp.protect, index)[:, None]
         return chosen & (index < self.counts.num_experts)
+
+    @torch.no_grad()
+    def compiled(self, x: Tensor, index: Tensor) -> Callable[[cpu.Pruned], tuple[Tensor, Tensor]] | None:
+        """See `LayerPruning`."""
+        if self.odp.method != "odp" or self.odp.drop_all:
+            return None
+        whole = self._tokens(self.odp.protect, index) if self.odp.protect else None
+        levels = self.levels if len(self.levels) > 1 else self.levels * (index.shape[1] - 1)
+        return lambda routing: routing.skip_below(levels, whole)
 
     def _below(self, index: Tensor, weights: Tensor) -> Tensor:
         """Slots below their threshold; the largest weight never is."""

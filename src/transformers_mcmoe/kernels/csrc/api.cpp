@@ -6,7 +6,7 @@
 
 #include "drive.h"
 #include "moe.h"
-#include "prefix.h"
+#include "pruning.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -166,11 +166,29 @@ MCMOE_API void mcmoe_moe(const uint8_t* arena, const int64_t* layout, int expert
   moe(list.data(), experts, moe_shape, int8 != 0, x, dtype, tokens, index, weights, out, threads);
 }
 
-// Learned pruning of a layer's routing (prefix.h). sizes: hidden, top_k, rank, experts, renormalize.
-MCMOE_API void mcmoe_keep_prefixes(const float* units, const float* scores, const int* sizes, float shift, int64_t none,
-                                   const void* x, int dtype, int tokens, const uint8_t* valid, const int64_t* index,
-                                   const float* weights, int64_t* out_index, float* out_weights, int64_t* counts,
+// Expert pruning of a layer's routing (pruning.h). sizes: tokens, top_k, experts, renormalize; tensors: index, weights,
+// valid, out_index, out_weights, counts.
+Routing routing(const int* sizes, int64_t none, void* const* tensors) {
+  return {sizes[0],
+          sizes[1],
+          sizes[2],
+          none,
+          sizes[3] != 0,
+          static_cast<const int64_t*>(tensors[0]),
+          static_cast<const float*>(tensors[1]),
+          static_cast<const uint8_t*>(tensors[2]),
+          static_cast<int64_t*>(tensors[3]),
+          static_cast<float*>(tensors[4]),
+          static_cast<int64_t*>(tensors[5])};
+}
+
+MCMOE_API void mcmoe_keep_prefixes(const int* sizes, int64_t none, void* const* tensors, const float* units,
+                                   const float* scores, int hidden, int rank, float shift, const void* x, int dtype,
                                    int threads) {
-  const PrefixRouter router{units, scores, sizes[0], sizes[1], sizes[2], shift, sizes[3], none, sizes[4] != 0};
-  keep_prefixes(router, x, dtype, tokens, valid, index, weights, out_index, out_weights, counts, threads);
+  keep_prefixes(routing(sizes, none, tensors), {units, scores, hidden, rank, shift}, x, dtype, threads);
+}
+
+MCMOE_API void mcmoe_skip_below(const int* sizes, int64_t none, void* const* tensors, const float* levels,
+                                const uint8_t* whole, int threads) {
+  skip_below(routing(sizes, none, tensors), levels, whole, threads);
 }

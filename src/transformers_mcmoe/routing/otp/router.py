@@ -9,7 +9,7 @@ are trained is in `training`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -197,13 +197,8 @@ class LearnedPruning(LayerPruning):
         chosen = torch.zeros_like(beyond).scatter(-1, order, beyond)
         return chosen & (index < self.counts.num_experts)
 
-    def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert ids and routing weights [T, K] after pruning; one call of the compiled kernels where they serve."""
-        graded = torch.is_grad_enabled() and weights.requires_grad
-        served = cpu.takes(x) and cpu.library() is not None and not torch.compiler.is_compiling()
-        if self._skip is None or graded or not served or self.router.hidden.is_meta:
-            return super().__call__(x, index, weights)
-        counts, valid = self.counts.of(self._call, index)
-        return cpu.keep_prefixes(
-            x, index, weights, self.router.matrices(), self.shift, self._skip, self.renormalize, counts, valid
-        )
+    def compiled(self, x: Tensor, index: Tensor) -> Callable[[cpu.Pruned], tuple[Tensor, Tensor]] | None:
+        """See `LayerPruning`."""
+        if self.router.hidden.is_meta:
+            return None
+        return lambda routing: routing.keep_prefixes(x, self.router.matrices(), self.shift)
