@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -34,6 +36,8 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "lora.jsonl"
 RANK = 16
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+# torch keeps what it compiled for products in bf16, by shape: with experts a shape for each number of tokens
+NO_CACHES = {"LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
 # the dense model's experts as PEFT itself names them
 EXPERTS = {"packed": ["experts"], "dense bf16": ["w1", "w2", "w3"]}
 
@@ -101,10 +105,11 @@ def decode(model: Any, ids: torch.Tensor, new: int) -> None:
 def memory(options: argparse.Namespace) -> None:
     """Anonymous memory above what the libraries take: resident beside activations, and the peak of two steps."""
     if options.kind is None:
-        for kind in EXPERTS:
+        for kind, caches in itertools.product(EXPERTS, (True, False)):
             command = [sys.executable, __file__, *sys.argv[1:], "--kind", kind]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            write(options, json.loads(done.stdout.splitlines()[-1]))
+            env = os.environ | ({} if caches else NO_CACHES)
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
+            write(options, json.loads(done.stdout.splitlines()[-1]) | {"caches": caches})
         return
     before = anonymous_memory()
     folder = options.packed if options.kind == "packed" else options.dense
@@ -160,6 +165,7 @@ def recover_any(options: argparse.Namespace) -> None:
     dense = AutoModelForCausalLM.from_pretrained(options.dense, dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(options.packed, dtype=torch.bfloat16)
     protocol: dict[str, Any] = {"context": options.context, "limit": options.windows, "batch": 1}
+    bits = round(transformers_mcmoe.compression_report(model)["config"]["average_bits"], 2)
     scores = {"packed": evaluate(model, test, dense, **protocol)}
     prepare_for_training(model, gradient_checkpointing=False)
     if options.adapter is not None and (options.adapter / "adapter_config.json").is_file():
@@ -182,7 +188,7 @@ def recover_any(options: argparse.Namespace) -> None:
         "mcmoe": True,
         "rank": RANK,
     }
-    row |= {"bits": round(model.config.quantization_config.average_bits, 3), "steps": len(data)}
+    row |= {"bits": bits, "steps": len(data)}
     row |= {"train_tokens": data.numel(), "test_tokens": scores["packed"].tokens, "seconds": round(seconds, 1)}
     row |= {"dense": scores["packed"].reference_perplexity}
     for name, score in scores.items():
@@ -232,7 +238,7 @@ def write_docs() -> None:
 
     domains = last("bits", row="new domain")
     recoveries = last("model", "bits", "distill", "mcmoe", row="recovery")
-    speeds, memory = last("way", "kind", row="speed"), last("kind", row="memory")
+    speeds, memory = last("way", "kind", row="speed"), last("kind", "caches", row="memory")
     lines = _domain_table(domains) + _recovery_table(recoveries) + _speed_table(speeds) + _memory_table(memory)
     replace_part("lora.md", "benchmarks/lora.py", lines)
 
@@ -296,14 +302,17 @@ def _speed_table(rows: list[dict[str, Any]]) -> list[str]:
 def _memory_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = ["## Memory", "", f"All of smolmoe, training with gradient checkpointing, {rows[0]['tokens']:,} tokens a step, each model in a process of its own. Anonymous "
              "memory above that of the imported libraries, MB: after a step, and the most during one. Packed bytes are mapped from the file; "
-             f"the kernels' copy of them is anonymous. The rest: embeddings, norms, output head. {_measured_on(rows)}", ""]  # fmt: skip
+             "the kernels' copy of them is anonymous. The rest: embeddings, norms, output head. oneDNN, which multiplies in bf16 for torch, keeps "
+             "up to 1,024 compiled products, and experts meet a new number of tokens in each call; "
+             f"`{' '.join(f'{k}={v}' for k, v in NO_CACHES.items())}` in the environment switches that off. {_measured_on(rows)}", ""]  # fmt: skip
     lines += [
-        "| | resident | peak | packed bytes | kernels' copy | adapters | the rest |",
-        "|---|---|---|---|---|---|---|",
+        "| | oneDNN's caches | resident | peak | packed bytes | kernels' copy | adapters | the rest |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         names = ("resident", "peak", "packed_bytes", "kernel_copy_bytes", "adapters_bytes", "other_bytes")
-        lines.append(f"| {r['kind']} | " + " | ".join(f"{r[name] / 1e6:.0f}" for name in names) + " |")
+        cells = " | ".join(f"{r[name] / 1e6:.0f}" for name in names)
+        lines.append(f"| {r['kind']} | {'on' if r['caches'] else 'off'} | {cells} |")
     return [*lines, ""]
 
 
