@@ -301,8 +301,9 @@ def _speed_table(rows: list[dict[str, Any]]) -> list[str]:
 
 def _memory_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = ["## Memory", "", f"All of smolmoe, training with gradient checkpointing, {rows[0]['tokens']:,} tokens a step, each model in a process of its own. Anonymous "
-             "memory above that of the imported libraries, MB: after a step, and the most during one. Packed bytes are mapped from the file; "
-             "the kernels' copy of them is anonymous. The rest: embeddings, norms, output head. oneDNN, which multiplies in bf16 for torch, keeps "
+             "memory above that of the imported libraries, MB: after a step, and the most during one. The sizes on the right count what is "
+             "mapped from the file, too, and so is not anonymous: packed bytes, and weights that loading does not convert. The rest: all that "
+             "is not packed. oneDNN, which multiplies in bf16 for torch, keeps "
              "up to 1,024 compiled products, and experts meet a new number of tokens in each call; "
              f"`{' '.join(f'{k}={v}' for k, v in NO_CACHES.items())}` in the environment switches that off. {_measured_on(rows)}", ""]  # fmt: skip
     lines += [
