@@ -207,7 +207,7 @@ def moe_mlp(
     return out
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pruned:
     """A call's routing, what expert pruning leaves of it, and how it is counted.
 
@@ -252,9 +252,11 @@ class Pruned:
         """Ids [T, K] int64 and weights [T, K] after pruning by thresholds, as `routing.odp` defines it.
 
         Args:
-            levels: K - 1 shares of a token's largest weight, for its second largest and so on.
+            levels: K - 1 shares of a token's largest weight, for its second largest and so on, or one for all.
             whole: [T] bool, tokens that skip nothing; None for none.
         """
+        if len(levels) == 1:
+            levels = [*levels] * (self.index.shape[1] - 1)
         whole = whole.contiguous() if whole is not None else None
         rule = ((ctypes.c_float * len(levels))(*levels), whole.data_ptr() if whole is not None else None)
         return self._run("mcmoe_skip_below", *rule)

@@ -92,23 +92,25 @@ class Counts:
 
     def reset(self) -> None:
         """Forget what was counted."""
-        # prefill and decode: slots of each expert, ids that are none, the same of skipped slots, tokens
-        self._counts = torch.zeros(2, 2 * (self.num_experts + 1) + 1, dtype=torch.int64)
+        # prefill and decode: slots of each expert, ids that are none, the same of skipped slots; and tokens
+        self._slots = [torch.zeros(2 * (self.num_experts + 1), dtype=torch.int64) for _ in range(2)]
+        self._tokens = [torch.zeros((), dtype=torch.int64) for _ in range(2)]
 
     def of(self, call: Call, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """For a call with routing [T, K]: [2 * (E + 1)] counts of kept and skipped slots, and its tokens [T] that count.
 
         Its tokens are counted here. None: all count.
         """
-        if self._counts.device != index.device:
-            self._counts = self._counts.to(index.device)
-        counts = self._counts[int(call.shape is not None and call.shape[1] == 1)]
+        if self._tokens[0].device != index.device:
+            self._slots = [slots.to(index.device) for slots in self._slots]
+            self._tokens = [tokens.to(index.device) for tokens in self._tokens]
+        phase = int(call.shape is not None and call.shape[1] == 1)
         if call.valid is None or call.valid.numel() != len(index):
-            counts[-1] += len(index)
-            return counts[:-1], None
+            self._tokens[phase].add_(len(index))
+            return self._slots[phase], None
         valid = call.valid.reshape(-1).to(index.device)
-        counts[-1] += valid.sum()
-        return counts[:-1], valid
+        self._tokens[phase].add_(valid.sum())
+        return self._slots[phase], valid
 
     def add(self, index: Tensor, skipped: Tensor, call: Call) -> None:
         """Count a call's slots [T, K]; padding does not count."""
@@ -119,11 +121,10 @@ class Counts:
 
     def read(self, phase: int) -> dict[str, float]:
         """Sums of a phase: 0 for prefill, 1 for decode."""
-        *slots, tokens = self._counts[phase].to("cpu", torch.float64)
-        kept, gone = torch.stack(slots).view(2, -1)[:, :-1]
+        kept, gone = self._slots[phase].to("cpu", torch.float64).view(2, -1)[:, :-1]
         routed = kept + gone
         return {
-            "tokens": float(tokens),
+            "tokens": float(self._tokens[phase]),
             "slots": float(routed.sum()),
             "slots_skipped": float(gone.sum()),
             "bytes": float(routed @ self._bytes),

@@ -59,14 +59,12 @@ class ThresholdPruning(LayerPruning):
             chosen &= ~self._tokens(self.odp.protect, index)[:, None]
         return chosen & (index < self.counts.num_experts)
 
-    @torch.no_grad()
     def compiled(self, x: Tensor, index: Tensor) -> Callable[[cpu.Pruned], tuple[Tensor, Tensor]] | None:
         """See `LayerPruning`."""
         if self.odp.method != "odp" or self.odp.drop_all:
             return None
         whole = self._tokens(self.odp.protect, index) if self.odp.protect else None
-        levels = self.levels if len(self.levels) > 1 else self.levels * (index.shape[1] - 1)
-        return lambda routing: routing.skip_below(levels, whole)
+        return lambda routing: routing.skip_below(self.levels, whole)
 
     def _below(self, index: Tensor, weights: Tensor) -> Tensor:
         """Slots below their threshold; the largest weight never is."""
@@ -91,6 +89,7 @@ class ThresholdPruning(LayerPruning):
         reduced = self._call.select(self.name, statistic, statistic, share, self.odp.causal, keep=False)
         return reduced[:, None] & ~first
 
+    @torch.no_grad()
     def _tokens(self, share: float, index: Tensor, least: bool = False) -> Tensor:
         assert self._importance is not None
         self._check(self._call.shape, index)

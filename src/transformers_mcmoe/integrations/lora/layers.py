@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -61,13 +62,13 @@ class PackedLoraLayer(nn.Module, LoraLayer):
             return []
         return [n for n in self.active_adapters if n in self.lora_A and n not in self.merged_adapters]
 
+    @abstractmethod
     def _matrices(self) -> list[tuple[Any, int, slice]]:
         """Packed matrices, the expert of each, and their rows in an adapter's output."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta(self, adapter: str, expert: int, rows: slice) -> Tensor:
         """s B A of some rows, [rows, in] float32."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
