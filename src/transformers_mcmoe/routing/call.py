@@ -39,6 +39,7 @@ class Call:
         self.past = 0
         self._ranks, self._repeatable, self._layer = ranks, repeatable, layer
         self._seen: dict[Any, Tensor] = {}  # statistics of the tokens so far, [B, n]
+        self._number: Tensor | None = None
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the module that holds the decoder layers."""
@@ -67,7 +68,8 @@ class Call:
         assert self.shape is not None
         seen = getattr(cache, SEEN, {}) if self.past else {}
         self._seen = {name: values[:, : self.past] for name, values in seen.items() if len(values) == self.shape[0]}
-        self.learn(None, torch.ones(self.shape, device=device))
+        every = torch.isfinite(self.learn(None, torch.ones(self.shape, device=device)))
+        self._number = every.cumsum(-1)[:, -self.shape[1] :] if self.shape[1] > 1 else every.sum(-1, keepdim=True)
 
     def keep(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Post-hook: what was learned in this call stays with its cache."""
@@ -82,12 +84,13 @@ class Call:
 
     def number(self, value: Tensor) -> Tensor:
         """[B, T], how many tokens of its sequence there are up to each token, padding left out."""
-        every = torch.isfinite(self._seen[None])
-        return every.cumsum(-1)[:, -value.shape[1] :].to(value.device)
+        assert self._number is not None  # tokens are ranked in calls that have some
+        return self._number.to(value.device)
 
     def learn(self, name: Any, value: Tensor) -> Tensor:
         """Keep the values [B, T] of this call for later ones; returns those of all tokens so far, [B, n]."""
-        value = value.masked_fill(~self.valid_at(value), -torch.inf)
+        if self.valid is not None:
+            value = value.masked_fill(~self.valid_at(value), -torch.inf)
         earlier = self._seen.get(name)
         self._seen[name] = every = value if earlier is None else torch.cat([earlier, value], dim=1)
         return every
@@ -143,6 +146,15 @@ class Call:
             [B, T] bool.
         """
         every = self.learn(name, value)
+        if value.shape[1] == 1:
+            seen, larger = torch.isfinite(every).sum(-1, keepdim=True), (every > value).sum(-1, keepdim=True)
+        else:
+            seen, larger = self._larger(every, value)
+        chosen = larger < _rounded(seen * share, keep)
+        return chosen if self.valid is None else chosen & self.valid_at(value)
+
+    def _larger(self, every: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """How many tokens there are up to each of the last ones, and how many of these have a larger value, both [B, T]."""
         start, step = every.shape[1] - value.shape[1], max(1, BLOCK // every.numel())
         seen = torch.isfinite(every).cumsum(-1)[:, start:]
         larger = torch.zeros_like(seen)
@@ -151,7 +163,7 @@ class Call:
             rows = slice(t, t + step)
             earlier = columns <= columns[start:][rows, None]
             larger[:, rows] = ((every[:, None] > value[:, rows, None]) & earlier).sum(-1)
-        return (larger < _rounded(seen * share, keep)) & self.valid_at(value)
+        return seen, larger
 
     def valid_at(self, value: Tensor) -> Tensor:
         """[B, T] bool on the device of a value [B, T], False for padding."""

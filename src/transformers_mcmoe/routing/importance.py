@@ -62,16 +62,11 @@ def attention_received(
     batch, heads, queries, width = query.shape
     keys = key.shape[2]
     query = (query * scaling).view(batch, key.shape[1], -1, queries, width)
-    received = torch.zeros(batch, keys, dtype=torch.float32, device=query.device)
-    given = torch.zeros(batch, queries, dtype=torch.float32, device=query.device)
-    # how much a query counts in the mean over heads
-    counted = torch.ones(batch, queries, device=query.device) if valid is None else valid.to(torch.float32)
-    step = max(1, BLOCK // (batch * heads * keys))
-    columns = torch.arange(keys, device=query.device)
-    own = columns[first : first + queries]
-    for start in range(0, queries, step):
-        rows = slice(start, start + step)
-        last = first + min(start + step, queries) if mask is None and causal else keys
+
+    def weights_of(rows: slice) -> Tensor:
+        """[B, N, R, K or as many keys as these queries may see]."""
+        stop = min(rows.stop, queries)
+        last = first + stop if mask is None and causal else keys
         # heads that share keys are rows of one product: keys are not copied for each of them
         block = query[:, :, :, rows].flatten(2, 3)
         logits = (block @ key[:, :, :last].transpose(-1, -2)).to(torch.float32).view(batch, heads, -1, last)
@@ -81,23 +76,34 @@ def attention_received(
             logits = logits + bias[..., rows, :last].to(torch.float32)
         if mask is not None:
             _mask(logits, mask[:, :, rows, :last])
-        elif causal:  # keys before the block are seen by all of its queries
-            late = slice(first + start, last)
-            logits[..., late].masked_fill_(columns[late] > own[rows, None], -torch.inf)
+        elif causal and stop - rows.start > 1:  # keys before the block are seen by all of its queries
+            late = slice(first + rows.start, last)
+            logits[..., late].masked_fill_(columns[late] > columns[late, None], -torch.inf)
         if sinks is not None:
             sink = sinks.to(torch.float32).view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
             logits = torch.cat([logits, sink], dim=-1)
-        weights = logits.softmax(-1)
-        if mask is not None:  # a padded query may see nothing at all
-            weights.nan_to_num_(0.0)
-        if queries > 1:
-            share = (counted[:, None, rows] / heads).expand(batch, heads, -1).reshape(batch, 1, -1)
-            received[:, :last] += (share @ weights.flatten(1, 2)).squeeze(1)[:, :last]
+        weights = logits.softmax(-1)[..., :last]
+        # a padded query may see nothing at all
+        return weights if mask is None else weights.nan_to_num_(0.0)
+
+    if queries == 1:  # what its token receives is what it gives itself
+        given = weights_of(slice(0, 1))[..., first].mean(1)
+        return (given, given) if valid is None else (given * valid, given * valid)
+    columns = torch.arange(keys, device=query.device)
+    received = torch.zeros(batch, keys, dtype=torch.float32, device=query.device)
+    given = torch.zeros(batch, queries, dtype=torch.float32, device=query.device)
+    # how much a query counts in the mean over heads
+    counted = torch.ones(batch, queries, device=query.device) if valid is None else valid.to(torch.float32)
+    own = columns[first : first + queries]
+    step = max(1, BLOCK // (batch * heads * keys))
+    for start in range(0, queries, step):
+        rows = slice(start, start + step)
+        weights = weights_of(rows)
+        share = (counted[:, None, rows] / heads).expand(batch, heads, -1).reshape(batch, 1, -1)
+        received[:, : weights.shape[-1]] += (share @ weights.flatten(1, 2)).squeeze(1)
         index = own[rows].view(1, 1, -1, 1).expand(batch, heads, -1, 1)
         given[:, rows] = weights.gather(-1, index).mean(1).squeeze(-1) * counted[:, rows]
-    return (
-        received[:, own] if queries > 1 else given
-    ), given  # a single query is the only one that its token receives from
+    return received[:, own], given
 
 
 def _mask(logits: Tensor, mask: Tensor) -> None:
@@ -151,8 +157,11 @@ class TokenImportance:
                 )
             return self._norm, self._norm
         received, given = (part.to(self._norm.device) for part in self._call.attention)
+        lasting = self._norm * given * self._call.number(given)
+        if given.shape[1] == 1:
+            return self._norm * received, lasting
         later = self._call.valid_at(self._norm).flip(-1).cumsum(-1).flip(-1).clamp(min=1)
-        return self._norm * received / later, self._norm * given * self._call.number(given)
+        return self._norm * received / later, lasting
 
     def select(self, share: float, least: bool = False) -> Tensor:
         """[B * T] bool, the most (or least) important share of the tokens."""
