@@ -4,6 +4,7 @@
 import contextlib
 import copy
 import logging
+import shutil
 import subprocess
 import sys
 import weakref
@@ -535,6 +536,18 @@ def test_initialize_lora(folders, caplog):
     assert len(gained) == 12
     assert all(0 < share < 1 for share in gained.values())
     assert relative_rms(logits(model), dense) < 0.9 * before
+
+
+def test_initialize_lora_reads_text_with_the_dense_models_tokenizer(folders, tmp_path):
+    folder = folders("mixtral")
+    shutil.copytree(folder / "dense", tmp_path / "dense")
+    _Tokenizer.make().save_pretrained(tmp_path / "dense")
+    text, options = ["</s>" * 40], {"num_samples": 2, "seq_len": 16}
+    gained = [
+        lora.initialize_lora(adapted(load(folder / "packed")), tmp_path / "dense", text, **options),
+        lora.initialize_lora(adapted(load(folder / "packed")), folder / "dense", torch.full((2, 16), 2), **options),
+    ]
+    assert gained[0] == gained[1]
 
 
 def test_initialize_lora_refuses(folders, packed):

@@ -93,7 +93,7 @@ def initialize_lora(
         model: a packed model with a LoRA adapter, e.g. of `LoraConfig(init_lora_weights="mcmoe")`; changed in place.
         dense: id or folder of the dense checkpoint in safetensors that was compressed.
         dataset: calibration text, as in `MCMoEConfig`.
-        tokenizer: tokenizer object or id; default the model's own.
+        tokenizer: tokenizer object or id; default that of the dense checkpoint.
         num_samples: calibration sequences.
         seq_len: tokens of each.
         seed: seed of the choice of text.
@@ -110,7 +110,7 @@ def initialize_lora(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = _layers(base, adapter_name)
     files = _checkpoint_files(str(dense))
-    data = {"dataset": dataset, "tokenizer": tokenizer, "seed": seed}
+    data = {"dataset": dataset, "tokenizer": str(dense) if tokenizer is None else tokenizer, "seed": seed}
     tokens = tokens_for(base, MCMoEConfig(num_samples=num_samples, seq_len=seq_len, **data))
     dtype = base.dtype
     with torch.device("meta"):
