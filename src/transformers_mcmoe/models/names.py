@@ -135,15 +135,20 @@ def packed_conversions(conversions: Iterable[Any], packed: Mapping[str, Experts]
         if not any("*." in source for source in entry._original_source_patterns) and _first_stack(entry, packed):
             sources = entry._original_source_patterns[:1]
             renaming = WeightRenaming(source_patterns=sources, target_patterns=entry._original_target_patterns[:1])
-            renaming.scope_prefix, renaming.base_model_prefix = entry.scope_prefix, entry.base_model_prefix
-            result.append(renaming)
+            result.append(_in_scope_of(entry, renaming))
         for path in dense:
             prefix = path.rpartition(".")[0]
             parent = prefix.rpartition(".")[2]
             narrow = [_under(prefix, parent, pattern) for pattern in entry._original_source_patterns]
             targets = [_under(prefix, parent, pattern) for pattern in entry._original_target_patterns]
-            result.append(entry.copy(narrow, targets, operations=list(entry.operations)))
+            converter = WeightConverter(narrow, targets, list(entry.operations), force_cpu=entry.force_cpu)
+            result.append(_in_scope_of(entry, converter))
     return result
+
+
+def _in_scope_of(entry: Any, other: Any) -> Any:
+    other.scope_prefix, other.base_model_prefix = entry.scope_prefix, entry.base_model_prefix
+    return other
 
 
 def _under(prefix: str, parent: str, pattern: str) -> str:
