@@ -7,10 +7,10 @@ Knows options and their ranges, no model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers_mcmoe.config.pruning import check, is_number
+from transformers_mcmoe.config.pruning import check, is_number, read_options
 
 OBJECTIVES = ("logits", "layers")
 TARGET = 0.2
@@ -144,16 +144,4 @@ class OTPConfig:
         Raises:
             ValueError: something else, or an unknown option.
         """
-        if value is None or value is False:
-            return None
-        if value is True:
-            return cls()
-        if isinstance(value, Mapping):
-            unknown = sorted(set(value) - {field.name for field in fields(cls)})
-            if unknown:
-                raise ValueError(
-                    f"OTPConfig has no option {unknown[0]!r}; see its docstring for the options there are."
-                )
-            return cls(**value)
-        check(isinstance(value, cls), "otp", value, "True, False or an OTPConfig")
-        return value
+        return read_options(cls, "otp", value)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
+
+Options = TypeVar("Options")
 
 METHODS = ("odp", "random", "mean", "variance", "kurtosis")
 # share of a sequence's tokens that "odp" keeps whole; other methods protect none unless asked to
@@ -134,19 +136,24 @@ class ODPConfig:
         Raises:
             ValueError: something else, or an unknown option.
         """
-        if value is None or value is False:
-            return None
-        if value is True:
-            return cls()
-        if isinstance(value, Mapping):
-            unknown = sorted(set(value) - {field.name for field in fields(cls)})
-            if unknown:
-                raise ValueError(
-                    f"ODPConfig has no option {unknown[0]!r}; see its docstring for the options there are."
-                )
-            return cls(**value)
-        check(isinstance(value, cls), "odp", value, "True, False or an ODPConfig")
-        return value
+        return read_options(cls, "odp", value)
+
+
+def read_options(cls: type[Options], name: str, value: Any) -> Options | None:
+    """The options of a part of the config from what its `read` is given; the option's name is for messages."""
+    if value is None or value is False:
+        return None
+    if value is True:
+        return cls()
+    if isinstance(value, Mapping):
+        unknown = sorted(set(value) - {field.name for field in fields(cls)})  # type: ignore[arg-type]
+        if unknown:
+            raise ValueError(
+                f"{cls.__name__} has no option {unknown[0]!r}; see its docstring for the options there are."
+            )
+        return cls(**value)
+    check(isinstance(value, cls), name, value, f"True, False or an {cls.__name__}")
+    return value  # type: ignore[no-any-return]
 
 
 def check(ok: bool, name: str, value: Any, expected: str) -> None:
