@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,33 @@ def anonymous_memory() -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("RssAnon:")), 0)
+
+
+class PeakMemory:
+    """The most anonymous memory of this process while the block runs, looked at every 20 ms.
+
+    Attributes:
+        bytes: the peak so far, 0 where the system does not tell.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._stop = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self.bytes = anonymous_memory()
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._stop.set()
+        self._watcher.join()
+        self.bytes = max(self.bytes, anonymous_memory())
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.02):
+            self.bytes = max(self.bytes, anonymous_memory())
 
 
 def return_free_memory() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration tokens [N, T] from a Hub data set, a local file, strings or token ids.
+"""Calibration tokens [N, T] and texts to measure on, from a Hub data set, a local file, strings or token ids.
 
 Knows text and tokenizers; it does not know the model that will read the tokens.
 """
@@ -25,6 +25,8 @@ DEFAULT_DATASET = {
     "split": "train",
     "field": "text",
 }
+# the text that perplexities are usually given for
+DEFAULT_TEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test:text"
 LOCAL_FORMATS = (".txt", ".jsonl", ".json", ".parquet")
 _SHUFFLE_BUFFER = 10_000
 # local text is read up to this many times what is needed, and the samples are spread over it
@@ -76,6 +78,30 @@ def calibration_tokens(
     return _cut(torch.tensor(ids, dtype=torch.int64), num_samples, seq_len)
 
 
+def text_tokens(dataset: Any, tokenizer: Any) -> Tensor:
+    """Token ids of a whole text, to be measured on.
+
+    A local .txt file is one text; rows of other sources are joined by blank lines, in their order.
+
+    Args:
+        dataset: as for calibration; None is WikiText-2's test set on the Hub.
+        tokenizer: tokenizer object.
+
+    Returns:
+        [n] int64.
+
+    Raises:
+        ValueError: there is no text.
+        OSError: the Hub data set cannot be reached.
+    """
+    source = DEFAULT_TEXT if dataset is None else dataset
+    text = "\n\n".join(_texts(source, None))
+    ids = tokenizer(text)["input_ids"] if text.strip() else []
+    if not ids:
+        raise ValueError(f"The text {source!r} is empty; give another.")
+    return torch.tensor(ids, dtype=torch.int64)
+
+
 def _cut(ids: Tensor, num_samples: int, seq_len: int) -> Tensor:
     available = len(ids) // seq_len
     if available < num_samples:
@@ -122,7 +148,7 @@ def _local(dataset: str | Path) -> Path | None:
     return path if path.exists() or path.suffix in LOCAL_FORMATS else None
 
 
-def _texts(dataset: Any, seed: int) -> Iterable[str]:
+def _texts(dataset: Any, seed: int | None) -> Iterable[str]:
     if isinstance(dataset, str | Path) and (path := _local(dataset)) is not None:
         return _file_texts(path)
     if isinstance(dataset, str):
@@ -137,7 +163,7 @@ def _texts(dataset: Any, seed: int) -> Iterable[str]:
 
 def _file_texts(path: Path) -> list[str]:
     if not path.is_file():
-        raise ValueError(f"The calibration dataset '{path}' is no file; give a Hub id, or {_ALTERNATIVES}.")
+        raise ValueError(f"The dataset '{path}' is no file; give a Hub id, or {_ALTERNATIVES}.")
     if path.suffix == ".txt":
         return [path.read_text(encoding="utf-8")]
     if path.suffix in (".jsonl", ".json"):
@@ -147,25 +173,25 @@ def _file_texts(path: Path) -> list[str]:
         from datasets import Dataset  # imports pandas and pyarrow; only where it is needed
 
         return [_field(row, path) for row in Dataset.from_parquet(str(path))]
-    raise ValueError(f"The calibration dataset '{path}' has no known format; use one of {LOCAL_FORMATS}.")
+    raise ValueError(f"The dataset '{path}' has no known format; use one of {LOCAL_FORMATS}.")
 
 
 def _json(line: str, path: Path, number: int) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:
-        raise ValueError(f"Line {number} of the calibration dataset '{path}' is not JSON ({error}).") from error
+        raise ValueError(f"Line {number} of the dataset '{path}' is not JSON ({error}).") from error
 
 
 def _field(row: Any, source: Any, field: str = "text") -> str:
     if not isinstance(row, Mapping) or not isinstance(row.get(field), str):
         has = f"it has {sorted(row)}" if isinstance(row, Mapping) else f"a row is {type(row).__name__}"
-        raise ValueError(f"The calibration dataset '{source}' has no text field {field!r} ({has}).")
+        raise ValueError(f"The dataset '{source}' has no text field {field!r} ({has}).")
     return row[field]
 
 
-def _hub_texts(source: Mapping[str, Any], seed: int) -> Iterator[str]:
-    """Texts of a Hub data set, streamed in seeded random order.
+def _hub_texts(source: Mapping[str, Any], seed: int | None) -> Iterator[str]:
+    """Texts of a Hub data set, streamed in seeded random order, or in its own.
 
     Raises:
         OSError: it cannot be reached.
@@ -173,7 +199,7 @@ def _hub_texts(source: Mapping[str, Any], seed: int) -> Iterator[str]:
     from datasets import load_dataset
 
     if not source.get("path"):
-        raise ValueError(f"The calibration dataset {dict(source)!r} has no path; give the Hub id as 'path'.")
+        raise ValueError(f"The dataset {dict(source)!r} has no path; give the Hub id as 'path'.")
     path, field = source["path"], source.get("field") or "text"
     try:
         dataset = load_dataset(
@@ -183,13 +209,13 @@ def _hub_texts(source: Mapping[str, Any], seed: int) -> Iterator[str]:
             split=source.get("split") or "train",
             streaming=True,
         )
-        rows = iter(dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER))
+        rows = iter(dataset if seed is None else dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER))
         first = next(rows)
     except StopIteration:
         return iter(())
     except Exception as error:
         raise OSError(
-            f"The calibration dataset '{path}' cannot be read from the Hub ({type(error).__name__}); go online, or "
+            f"The dataset '{path}' cannot be read from the Hub ({type(error).__name__}); go online, or "
             f"give {_ALTERNATIVES}."
         ) from error
     _field(first, path, field)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,35 @@ from transformers_mcmoe.evaluation.protocol import (
 LOGITS = 1 << 27
 # logits that are in float32 at a time, with a handful of temporaries of their size
 CHUNK = 1 << 22
+
+
+class TokenScores(NamedTuple):
+    """What is measured of each of S predictions; what compares to a reference is None without one.
+
+    Attributes:
+        nll: [S] float64, negative log-likelihood of the token that comes, nats.
+        top: [S] int64, the most likely token.
+        reference_nll: [S] float64, the reference's.
+        reference_top: [S] int64, the reference's.
+        kl: [S] float64, KL divergence from the reference to the model, nats.
+    """
+
+    nll: Tensor
+    top: Tensor
+    reference_nll: Tensor | None = None
+    reference_top: Tensor | None = None
+    kl: Tensor | None = None
+
+    def sums(self) -> Tensor:
+        """[NLL, the reference's NLL, KL, agreements] float64."""
+        if self.reference_nll is None or self.reference_top is None or self.kl is None:
+            return torch.stack([self.nll.sum(), *torch.zeros(3, dtype=torch.float64)])
+        same = (self.top == self.reference_top).sum().to(torch.float64)
+        return torch.stack([self.nll.sum(), self.reference_nll.sum(), self.kl.sum(), same])
+
+
+# is given a window and the scores of its scored tokens, `window.ids[window.given + 1 :]`
+Observer = Callable[[Window, TokenScores], None]
 
 
 @dataclass(frozen=True)
@@ -83,6 +112,7 @@ def evaluate(
     stride: int | None = None,
     limit: int | None = None,
     batch: int = 8,
+    observe: Observer | None = None,
 ) -> Evaluation:
     """Score a causal language model on a text, alone or beside a reference.
 
@@ -95,6 +125,7 @@ def evaluate(
         stride: tokens from one window to the next; default `context`, no overlap.
         limit: windows to run, spread evenly over the text; default all.
         batch: windows per forward pass at most; fewer where their logits would be large.
+        observe: is given every window with the scores of its tokens.
 
     Returns:
         Means over tokens, with log-softmax in float32 and sums in float64.
@@ -110,7 +141,10 @@ def evaluate(
     sums: list[Tensor] = []
     with evaluating(model, reference):
         for group in text.batches(size):
-            sums.extend(_score_windows(model, reference, group))
+            for window, scores in zip(group, _score_windows(model, reference, group), strict=True):
+                sums.append(scores.sums())
+                if observe is not None:
+                    observe(window, scores)
     counts = torch.tensor([len(window.ids) - 1 - window.given for window in text.windows], dtype=torch.float64)
     columns = torch.stack(sums).unbind(1)
     nll, _ = _mean(columns[0], counts)
@@ -138,20 +172,20 @@ def evaluate(
     )
 
 
-def _score_windows(model: Any, reference: Any, group: Sequence[Window]) -> list[Tensor]:
-    """`_score` of each of some windows of one length; the logits are freed on return."""
+def _score_windows(model: Any, reference: Any, group: Sequence[Window]) -> list[TokenScores]:
+    """Scores of each of some windows of one length; the logits are freed on return."""
     ids = torch.stack([window.ids for window in group])
     first = min(window.given for window in group)
     ours = _logits(model, ids, first)
     dense = None
     if reference is not None:
         dense = ours if reference is model else _logits(reference, ids, first)
-    sums = []
+    found = []
     for row, window in enumerate(group):
         scored = slice(window.given - first, -1)
         expected = dense[row, scored] if dense is not None else None
-        sums.append(_score(ours[row, scored], expected, window.ids[window.given + 1 :]))
-    return sums
+        found.append(_score(ours[row, scored], expected, window.ids[window.given + 1 :]))
+    return found
 
 
 def _logits(model: Any, ids: Tensor, first: int) -> Tensor:
@@ -163,29 +197,28 @@ def _logits(model: Any, ids: Tensor, first: int) -> Tensor:
     return model(input_ids=ids.to(model.device), use_cache=False, **options).logits[:, -keep:]
 
 
-def _score(logits: Tensor, reference: Tensor | None, targets: Tensor) -> Tensor:
-    """Sums over S predictions: [NLL, the reference's NLL, KL, agreements] float64.
+def _score(logits: Tensor, reference: Tensor | None, targets: Tensor) -> TokenScores:
+    """Scores of S predictions.
 
     Args:
         logits: [S, V].
         reference: [S, V] or None.
         targets: [S] int64.
     """
-    total = torch.zeros(4, dtype=torch.float64)
+    parts: list[list[Tensor]] = []
     size = max(1, CHUNK // logits.shape[-1])
     for start in range(0, len(targets), size):
         part = slice(start, start + size)
         scores = functional.log_softmax(logits[part].to(torch.float32), dim=-1)
         target = targets[part, None].to(scores.device)
-        total[0] -= scores.gather(-1, target).sum(dtype=torch.float64).cpu()
-        if reference is None:
-            continue
-        expected = functional.log_softmax(reference[part].to(scores.device, torch.float32), dim=-1)
-        total[1] -= expected.gather(-1, target).sum(dtype=torch.float64).cpu()
-        kl = functional.kl_div(scores, expected, log_target=True, reduction="none")
-        total[2] += kl.sum(dtype=torch.float64).cpu()
-        total[3] += (scores.argmax(-1) == expected.argmax(-1)).sum().cpu()
-    return total
+        found = [-scores.gather(-1, target)[:, 0].to(torch.float64), scores.argmax(-1)]
+        if reference is not None:
+            expected = functional.log_softmax(reference[part].to(scores.device, torch.float32), dim=-1)
+            kl = functional.kl_div(scores, expected, log_target=True, reduction="none")
+            found += [-expected.gather(-1, target)[:, 0].to(torch.float64), expected.argmax(-1)]
+            found.append(kl.sum(-1, dtype=torch.float64))
+        parts.append(found)
+    return TokenScores(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 
 def _mean(sums: Tensor, counts: Tensor) -> tuple[float, float | None]:
