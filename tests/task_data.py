@@ -109,7 +109,7 @@ def write_hard(folder: Path) -> None:
 def write_longbench(folder: Path) -> None:
     """All subsets of LongBench."""
     row = {
-        "input": "Which?", "context": "A list is a sequence. Paragraph 1: text.", "answers": ["Paragraph 1"], "length": 9,
+        "input": "Which?", "context": "A list is a sequence. Paragraph 1: text.", "answers": ["Paragraph 1 段落1"], "length": 9,
         "dataset": "x", "language": "en", "all_classes": ["Paragraph 1", "other"], "_id": "0",
         "question": "Which?",
     }  # fmt: skip
