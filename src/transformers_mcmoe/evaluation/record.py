@@ -21,8 +21,6 @@ from transformers.utils import cached_file
 
 EVALUATION_NAME = "mcmoe_evaluation.json"
 RECORD_VERSION = 1
-# "text" by name of the text; "classes" and "layers" belong to the first text
-SECTIONS = ("text", "classes", "layers", "pruning", "speed", "tasks", "needle")
 
 
 def machine() -> dict[str, Any]:

@@ -69,7 +69,11 @@ class TokenClasses:
             kl, agree = float(scores.kl[i]), float(same[i])
             row = torch.tensor([1.0, kl, agree], dtype=torch.float64)
             rank = self._rank.get(ids[at], len(self._rank))
-            for key in (("type", kinds[at]), ("frequency", _rank_bucket(rank)), ("position", _position_bucket(at))):
+            for key in (
+                ("type", kinds[at]),
+                ("frequency", _bucket(rank, RANKS, 1)),
+                ("position", _bucket(at, POSITIONS)),
+            ):
                 self._sums[key] = self._sums.get(key, 0) + row
             self._keep(kl, ids, at, int(scores.top[i]), int(scores.reference_top[i]))
 
@@ -163,22 +167,14 @@ def _code_lines(text: str) -> set[int]:
     return found
 
 
-def _rank_bucket(rank: int) -> str:
+def _bucket(value: int, bounds: Iterable[int], first: int = 0) -> str:
+    """The bucket of a value >= 0, "low-high", both counted from `first`; the last one has no end."""
     low = 0
-    for bound in RANKS:
-        if rank < bound:
-            return f"{low + 1}-{bound}"
+    for bound in bounds:
+        if value < bound:
+            return f"{low + first}-{bound - 1 + first}"
         low = bound
-    return f"{low + 1}-"
-
-
-def _position_bucket(position: int) -> str:
-    low = 0
-    for bound in POSITIONS:
-        if position < bound:
-            return f"{low}-{bound - 1}"
-        low = bound
-    return f"{low}-"
+    return f"{low + first}-"
 
 
 def _order(key: tuple[str, str]) -> tuple[str, int, str]:
