@@ -23,6 +23,8 @@ ADDRESSES = {
     "peft": {"integrations"},
     "triton": {"kernels"},
     "typer": {"cli"},
+    "jinja2": {"integrations", "report"},
+    "lm_eval": {"evaluation"},
     "hqq": {"integrations"},
     "matplotlib": {"integrations"},
 }

@@ -6,6 +6,7 @@ Knows text and tokenizers; it does not know the model that will read the tokens.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
@@ -94,12 +95,26 @@ def text_tokens(dataset: Any, tokenizer: Any) -> Tensor:
         ValueError: there is no text.
         OSError: the Hub data set cannot be reached.
     """
+    return torch.tensor(tokenizer(whole_text(dataset))["input_ids"], dtype=torch.int64)
+
+
+def whole_text(dataset: Any) -> str:
+    """The text of a data set, as `text_tokens` joins it.
+
+    Raises:
+        ValueError: there is no text.
+        OSError: the Hub data set cannot be reached.
+    """
     source = DEFAULT_TEXT if dataset is None else dataset
     text = "\n\n".join(_texts(source, None))
-    ids = tokenizer(text)["input_ids"] if text.strip() else []
-    if not ids:
+    if not text.strip():
         raise ValueError(f"The text {source!r} is empty; give another.")
-    return torch.tensor(ids, dtype=torch.int64)
+    return text
+
+
+def fingerprint(tokens: Tensor) -> str:
+    """SHA-256 of token ids: tells whether two figures, or two compressions, are of one text."""
+    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _cut(ids: Tensor, num_samples: int, seq_len: int) -> Tensor:

@@ -97,7 +97,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         work_dir: folder for hidden states and finished layers; default a temporary one.
         max_memory: bytes (or "12GB") that compression may take; checked against the estimate before it starts.
         device: where layers are run; default "cpu".
-        plan: a plan (dict, or path of a JSON file) that is used instead of the allocation; GPTQ still needs a dataset.
+        plan: a plan (dict, or path of a JSON file, also a packed model's config.json) that is used instead of the allocation; GPTQ still needs a dataset.
         odp: dynamic expert pruning at run time: True, or an `ODPConfig`. None keeps what a packed checkpoint was saved
             with, False switches it off.
         otp: learned expert pruning instead: True, or an `OTPConfig`; its routers are trained on the calibration data once the
@@ -353,7 +353,10 @@ def _read_plan(plan: Any) -> Plan | None:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"The plan '{path}' is not JSON ({error}); write it again.") from error
-    return Plan.from_dict(data.get("plan", data) if isinstance(data, Mapping) else data)
+    if isinstance(data, Mapping):  # also in the config.json of a packed model, or in its report
+        data = data.get("quantization_config", data.get("config", data))
+        data = data.get("plan", data) if isinstance(data, Mapping) else data
+    return Plan.from_dict(data)
 
 
 # importing twice (a reload, a second install path) must not fail

@@ -8,7 +8,6 @@ cards are made from it. Knows files and machines, not how anything was measured.
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import os
 import platform
@@ -16,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers.utils import cached_file
 
 EVALUATION_NAME = "mcmoe_evaluation.json"
@@ -40,11 +38,6 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
-
-
-def text_fingerprint(tokens: Tensor) -> str:
-    """SHA-256 of token ids: tells whether two figures are of one text."""
-    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
 
 
 def load_record(name: str | Path, revision: str | None = None) -> dict[str, Any]:

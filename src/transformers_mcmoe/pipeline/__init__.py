@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from transformers_mcmoe.calibration.data import fingerprint
 from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.models.stream import Checkpoint, computing, open_runner
 from transformers_mcmoe.models.structure import Structure
@@ -51,6 +52,8 @@ class Compressed:
         fallbacks: what was done otherwise than usual, and why.
         seconds: time per stage.
         tokens: calibration tokens run, 0 if none.
+        tokens_sha256: of their ids, None if none.
+        plan_given: whether the config brought the plan.
     """
 
     plan: Plan
@@ -61,6 +64,8 @@ class Compressed:
     fallbacks: list[str]
     seconds: dict[str, float]
     tokens: int
+    tokens_sha256: str | None = None
+    plan_given: bool = False
 
 
 def compress(
@@ -92,7 +97,7 @@ def compress(
         # a run that needs no data still looks at what layers are given
         tokens = torch.zeros(1, 8, dtype=torch.int64) if calibration is None else calibration
         work = WorkDir(work_dir, fingerprint_of(structure, config, checkpoint_files, tokens))
-        work.claim(disk_need(structure, tokens, dtype))
+        work.claim(disk_need(structure, tokens.numel(), dtype))
         stack.callback(work.clean)
         runner = open_runner(
             structure.model,
@@ -121,6 +126,8 @@ def compress(
         fallbacks=job.fallbacks,
         seconds=job.seconds,
         tokens=0 if calibration is None else calibration.numel(),
+        tokens_sha256=None if calibration is None else fingerprint(calibration),
+        plan_given=config.plan is not None,
     )
 
 

@@ -6,7 +6,6 @@ Knows the model's structure and the config; it does not know weights.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from transformers_mcmoe.allocation.budget import LayerSize, expert_budgets
 from transformers_mcmoe.calibration.data import calibration_tokens
+from transformers_mcmoe.calibration.data import fingerprint as data_fingerprint
 from transformers_mcmoe.calibration.hessians import ExpertHessians
 from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig, ODPConfig, OTPConfig
 from transformers_mcmoe.models.structure import Structure
@@ -44,22 +44,30 @@ def prepare(structure: Structure, config: MCMoEConfig) -> tuple[dict[str, int], 
             )
     if isinstance(config.otp, OTPConfig):
         check_learnable(structure.model, config.otp)
-    budgets: dict[str, int] = {}
-    if config.plan is not None:
-        structure.check(config.plan)
-    else:
-        linears = structure.linear_weights()
-        sizes = [LayerSize(e.num_experts, structure.expert_weights(path)) for path, e in structure.experts.items()]
-        fixed = sum(linears[path] * bits for path, bits in structure.linears.items())
-        found = expert_budgets(config.bits, sizes, config.expert_bits, sum(linears.values()), fixed)
-        _check_at_least(config, sizes, found)
-        budgets = dict(zip(structure.experts, found, strict=True))
+    budgets = budgets_of(structure, config)
     needed = config.plan is None or config.rounding != "nearest"
     learns = isinstance(config.otp, OTPConfig)
     tokens = tokens_for(structure.model, config) if needed or learns else None
     if learns and tokens is not None and len(tokens) < 2:
         raise ValueError("otp needs two calibration sequences or more, one of them to stop its training by.")
     return budgets, tokens if needed else None
+
+
+def budgets_of(structure: Structure, config: MCMoEConfig) -> dict[str, int]:
+    """Sum of expert widths that every experts module may take, {} under a given plan.
+
+    Raises:
+        ValueError: the budget or the plan does not fit the model.
+    """
+    if config.plan is not None:
+        structure.check(config.plan)
+        return {}
+    linears = structure.linear_weights()
+    sizes = [LayerSize(e.num_experts, structure.expert_weights(path)) for path, e in structure.experts.items()]
+    fixed = sum(linears[path] * bits for path, bits in structure.linears.items())
+    found = expert_budgets(config.bits, sizes, config.expert_bits, sum(linears.values()), fixed)
+    _check_at_least(config, sizes, found)
+    return dict(zip(structure.experts, found, strict=True))
 
 
 def tokens_for(model: Any, config: MCMoEConfig) -> Tensor:
@@ -108,7 +116,7 @@ def fingerprint_of(structure: Structure, config: MCMoEConfig, files: Sequence[st
         "format": FORMAT_VERSION,
         "config": config.to_dict(),
         "model": structure.model.config.to_dict(),
-        "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "tokens": data_fingerprint(tokens),
     }
     return fingerprint(parts, files)
 
@@ -119,15 +127,10 @@ def hessian_memory(structure: Structure, config: MCMoEConfig, dtype: torch.dtype
     Raises:
         ValueError: `max_memory` is below the bound.
     """
-    layer, rest = (weights * dtype.itemsize for weights in structure.layer_sizes())
+    layer, held, rest = memory_parts(structure, dtype)
     least = max(3 * layer // 4, _LEAST_HESSIANS)
     if config.max_memory is None:
         return least
-    # the Hessians of one expert or linear layer are held whatever they take, with three copies while one is factorized
-    modules = [structure.model.get_submodule(path) for path in structure.linears]
-    sizes = [ExpertHessians.bytes_per_expert(experts) for experts in structure.experts.values()]
-    single = max(sizes + [4 * module.in_features**2 for module in modules])
-    held = max(4 * layer, 2 * layer + 4 * single)
     need = held + rest + OVERHEAD
     if need > config.max_memory_bytes:
         raise ValueError(
@@ -138,9 +141,19 @@ def hessian_memory(structure: Structure, config: MCMoEConfig, dtype: torch.dtype
     return least + config.max_memory_bytes - need
 
 
-def disk_need(structure: Structure, tokens: Tensor, dtype: torch.dtype) -> int:
+def memory_parts(structure: Structure, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Bytes of a dense decoder layer, of what is held while one is rounded, and of what lies outside the layers."""
+    layer, rest = (weights * dtype.itemsize for weights in structure.layer_sizes())
+    # the Hessians of one expert or linear layer are held whatever they take, with three copies while one is factorized
+    modules = [structure.model.get_submodule(path) for path in structure.linears]
+    sizes = [ExpertHessians.bytes_per_expert(experts) for experts in structure.experts.values()]
+    single = max(sizes + [4 * module.in_features**2 for module in modules])
+    return layer, max(4 * layer, 2 * layer + 4 * single), rest
+
+
+def disk_need(structure: Structure, tokens: int, dtype: torch.dtype) -> int:
     """Bytes that hidden states and packed layers (at 4 bits) take at most."""
     hidden = next(iter(structure.experts.values())).projections[0].in_features
     weights = sum(structure.linear_weights().values())
     weights += sum(structure.expert_weights(path) * e.num_experts for path, e in structure.experts.items())
-    return tokens.numel() * hidden * dtype.itemsize + weights // 2
+    return tokens * hidden * dtype.itemsize + weights // 2

@@ -16,7 +16,9 @@ import torch
 from torch import nn
 from transformers.utils import cached_file
 
+from transformers_mcmoe.calibration.data import DEFAULT_DATASET
 from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig
+from transformers_mcmoe.integrations.card import inherited
 from transformers_mcmoe.pipeline import Compressed, LayerResult
 from transformers_mcmoe.plan import average_bits, bits_per_weight
 from transformers_mcmoe.version import versions
@@ -35,11 +37,14 @@ def build_report(model: nn.Module, config: MCMoEConfig, result: Compressed) -> d
         result: what the pipeline measured.
 
     Returns:
-        `average_bits` (codes only), `bits_per_weight` (bytes x 8 / weights over the quantized matrices, scales and
+        `model`, `base_model` (Hub id, None for a local one), `license` (of a local model's own card), `dtype` of what stays
+        dense, `average_bits` (codes only), `bits_per_weight` (bytes x 8 / weights over the quantized matrices, scales and
         zeros included), `expert_bits` per layer, `routing_ratios` (quantiles of smaller over largest routing weights per
         layer and slot, see `RatioTable`), `activated_bytes_per_token` (bytes of weights read for one token, by
         the calibration's routing; None without calibration), `coverage`, `errors`, `fallbacks`, `sizes` in bytes,
-        `seconds` by stage, `versions`, `config`.
+        `seconds` by stage, `calibration_source` and `calibration_sha256` (of the token ids), `plan_given`, `versions`, `config`.
+        `sizes["parts"]` has the bytes of experts by width ("experts, 2 bits"), of the other packed matrices, of embeddings
+        and output head, and of the rest.
     """
     matrices = result.matrices
     packed = sum(matrix.packed_bytes(config.group_size) for matrix in matrices)
@@ -47,7 +52,8 @@ def build_report(model: nn.Module, config: MCMoEConfig, result: Compressed) -> d
     total = sum(tensor.nbytes for tensor in _tensors(model).values())
     return {
         "format_version": FORMAT_VERSION,
-        "model": getattr(model.config, "name_or_path", ""),
+        **_origin(str(getattr(model.config, "name_or_path", ""))),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "average_bits": average_bits(matrices),
         "bits_per_weight": bits_per_weight(matrices, config.group_size),
         "expert_bits": {path: "".join(map(str, widths.gate_up)) for path, widths in result.plan.experts.items()},
@@ -61,8 +67,12 @@ def build_report(model: nn.Module, config: MCMoEConfig, result: Compressed) -> d
             "quantized_bytes": packed,
             "total_bytes": total,
             "dense_bytes": total - packed + 2 * weights,  # quantized matrices at 16 bits
+            "parts": _parts(model, config, result),
         },
         "calibration_tokens": result.tokens,
+        "calibration_source": _source(config, result),
+        "calibration_sha256": result.tokens_sha256,
+        "plan_given": result.plan_given,
         "seconds": result.seconds,
         "seed": config.seed,
         "versions": versions(),
@@ -75,6 +85,46 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     named = dict(model.named_parameters())
     persistent = model.state_dict(keep_vars=True)
     return named | {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+
+
+def _origin(name: str) -> dict[str, Any]:
+    """The dense model, without the folders of this machine, and its licence where it lies beside it."""
+    if Path(name).exists():
+        return {"model": Path(name).resolve().name, "base_model": None, "license": inherited(name)}
+    return {"model": name, "base_model": name or None, "license": {}}
+
+
+def _source(config: MCMoEConfig, result: Compressed) -> str | None:
+    """Where the calibration text came from: a Hub id, a file's name, or "given in memory"; None without calibration."""
+    dataset = config.dataset
+    if not result.tokens:
+        return None
+    if dataset is None:
+        return str(DEFAULT_DATASET["path"])
+    if isinstance(dataset, Mapping):
+        return str(dataset["path"])
+    if isinstance(dataset, str | Path):
+        return Path(dataset).name if Path(dataset).exists() else str(dataset).partition(":")[0]
+    return "given in memory"
+
+
+def _parts(model: Any, config: MCMoEConfig, result: Compressed) -> dict[str, int]:
+    """Bytes of the checkpoint by what they are for."""
+    inside = tuple(path + "." for path in result.plan.experts)
+    experts: dict[str, int] = {}
+    others = 0
+    for matrix in sorted(result.matrices, key=lambda matrix: matrix.bits):
+        size = matrix.packed_bytes(config.group_size)
+        if matrix.name.startswith(inside):
+            name = f"experts, {matrix.bits} bit{'s' if matrix.bits != 1 else ''}"
+            experts[name] = experts.get(name, 0) + size
+        else:
+            others += size
+    tensors = _tensors(model)
+    ends = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    embeddings = sum(t.nbytes for t in tensors.values() if id(t) in ends)
+    rest = sum(t.nbytes for t in tensors.values()) - embeddings - others - sum(experts.values())
+    return experts | {"attention, shared": others, "embeddings, head": embeddings, "routers, norms": rest}
 
 
 def _coverage(layer: LayerResult) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers_mcmoe.config import ODPConfig
+from transformers_mcmoe.integrations.plots.drawing import figure_of, save
 from transformers_mcmoe.pruning import expert_pruning_stats
 from transformers_mcmoe.routing import ThresholdPruning, attached
 
@@ -38,19 +39,19 @@ def plot_expert_pruning(model: Any, path: str | Path) -> None:
     levels = [layer.levels for layer in pruning.layers.values() if isinstance(layer, ThresholdPruning)]
     method = pruning.options.method if isinstance(pruning.options, ODPConfig) else "otp"
     if levels and method != "otp":
-        figure, (above, below) = _figure(2, 1, (8, 6))
+        figure, (above, below) = figure_of(2, 1, (8, 6))
         for rank in range(max(map(len, levels))):
             above.plot([own[rank] for own in levels], marker=".", label=f"slot {rank + 2}")
         above.set(ylabel="threshold")
         above.legend(fontsize="small")
     else:
-        figure, below = _figure(1, 1, (8, 3))
+        figure, below = figure_of(1, 1, (8, 3))
     figure.suptitle(f"Expert pruning, {method}")
     for phase, share in shares.items():
         below.plot([100 * value for value in share], marker=".", label=phase)
     below.set(xlabel="MoE layer", ylabel="expert bytes skipped, %")
     below.legend(fontsize="small")
-    _write(figure, path)
+    save(figure, path)
 
 
 def plot_quality_against_rate(rows: Iterable[Mapping[str, Any]], path: str | Path, metric: str = "kl") -> None:
@@ -67,24 +68,11 @@ def plot_quality_against_rate(rows: Iterable[Mapping[str, Any]], path: str | Pat
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         lines.setdefault(row["row"], []).append((100 * row["skipped_share"], row[metric]))
-    figure, axes = _figure(1, 1, (8, 5))
+    figure, axes = figure_of(1, 1, (8, 5))
     for name, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
     axes.set(
         xlabel="expert bytes skipped, %", ylabel={"kl": "KL to the dense model, nats per token"}.get(metric, metric)
     )
     axes.legend(fontsize="small")
-    _write(figure, path)
-
-
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Figures need matplotlib; pip install transformers-mcmoe[plots].") from error
-    figure = Figure(figsize=size, layout="constrained")  # no window system, no global state
-    return figure, figure.subplots(rows, columns)
-
-
-def _write(figure: Any, path: str | Path) -> None:
-    figure.savefig(path, dpi=150)
+    save(figure, path)

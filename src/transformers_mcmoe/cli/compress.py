@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mcmoe compress`: from a dense checkpoint to a folder with the packed one.
+
+It adds nothing to what `from_pretrained` and `save_pretrained` do but the safe hand-over of the output folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import transformers
+import typer
+
+from transformers_mcmoe.cli.command import command
+from transformers_mcmoe.cli.console import duration, notes, progress, say, show_json, show_pairs, size
+from transformers_mcmoe.cli.loading import model_class, read_config
+from transformers_mcmoe.cli.options import compression_options, config_of
+from transformers_mcmoe.report import REPORT_NAME, compression_report
+from transformers_mcmoe.workdir import FINGERPRINT, check_replaceable, recover_directory, replace_directory
+
+logger = logging.getLogger(__name__)
+
+
+@command("compress", "Compress")
+@compression_options
+def compress(
+    model: Annotated[str, typer.Argument(help="Hub id or folder of the dense model.", show_default=False)],
+    options: dict[str, Any],
+    *,
+    output: Annotated[
+        Path, typer.Option(help="Folder of the packed model; replaced as a whole at the end.", show_default=False)
+    ],
+    dtype: Annotated[str, typer.Option(help="Floating dtype of what stays dense.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Compress MODEL into a folder, layer by layer.
+
+    The model need not fit into memory. The old content of the folder stays whole until the new one is finished.
+    """
+    output = output.resolve()
+    own_work = options["work_dir"] is None
+    work = _sibling(output, "work") if own_work else options["work_dir"]
+    recover_directory(output)
+    check_replaceable(output, REPORT_NAME)
+    if own_work:
+        clear_leftovers(work)
+    finished = False
+    try:
+        with progress() as move:
+            config = config_of(options, work_dir=work, progress=move)
+            packed = model_class(read_config(model)).from_pretrained(model, quantization_config=config, dtype=dtype)
+        save(packed, model, output)
+        finished = True
+    finally:
+        # a run that is killed leaves its folders, one that is interrupted or fails does not
+        shutil.rmtree(_sibling(output, "new"), ignore_errors=True)
+        if own_work:
+            clear_leftovers(work)
+        if not finished and output.exists():
+            say(f"'{output}' is as it was.")
+    report = compression_report(packed)
+    if as_json:
+        show_json(report)
+        return
+    say(f"Saved {output}.")
+    show_summary(report)
+    notes(report)
+
+
+def clear_leftovers(work: Path) -> None:
+    """Remove the default work folder of a run that was killed or failed; it is never the user's own."""
+    if (work / FINGERPRINT).is_file():
+        shutil.rmtree(work)
+    elif work.is_dir() and not any(work.iterdir()):
+        work.rmdir()
+
+
+def save(model: Any, source: str, output: Path) -> None:
+    """Write the model under a temporary name, then put it in the place of `output`."""
+    new = _sibling(output, "new")
+    if new.exists():  # of an earlier run that was killed while it saved
+        shutil.rmtree(new)
+    model.save_pretrained(new, max_shard_size="4GB")
+    for loader in (transformers.AutoProcessor, transformers.AutoTokenizer):
+        try:
+            loader.from_pretrained(source).save_pretrained(new)
+            break
+        except Exception as error:
+            logger.debug("%s: %s", loader.__name__, error)
+    replace_directory(new, output)
+
+
+def _sibling(output: Path, what: str) -> Path:
+    """A folder of ours beside the output."""
+    return output.with_name(f".{output.name}.mcmoe-{what}")
+
+
+def show_summary(report: dict[str, Any]) -> None:
+    """Sizes and times of a compression."""
+    sizes = report["sizes"]
+    show_pairs(
+        [
+            ("average bits", f"{report['average_bits']:.4f}"),
+            ("bits per weight", f"{report['bits_per_weight']:.4f} (scales and zeros included)"),
+            ("size", f"{size(sizes['total_bytes'])}, dense {size(sizes['dense_bytes'])}"),
+            ("time", ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in report["seconds"].items())),
+        ]
+    )

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every argument of `MCMoEConfig` as an option of the commands that compress, with the help of its docstring.
+
+Knows the config's signature and docstring, so that an option is described in one place.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from transformers_mcmoe.cli.command import Refused
+from transformers_mcmoe.config import MCMoEConfig, ODPConfig, OTPConfig
+
+PANELS = {
+    "Sizes": ("bits", "expert_bits", "attention_bits", "shared_expert_bits", "group_size", "modules_to_not_convert"),
+    "Which expert gets how many bits": (
+        "allocation",
+        "budget",
+        "preset",
+        "plan",
+        "alpha",
+        "beta",
+        "gamma",
+        "eps",
+        "at_least",
+    ),
+    "Rounding": ("rounding", "fit", "symmetric", "integer_zeros", "act_order", "damping", "activations"),
+    "Calibration": ("dataset", "num_samples", "seq_len", "tokenizer", "seed"),
+    "Expert pruning at run time": ("odp", "odp_rate", "odp_options", "otp", "otp_options"),
+    "This machine": ("device", "max_memory", "work_dir"),
+}
+# help where the docstring speaks of Python, and defaults and types where the command line has others
+HELP = {
+    "expert_bits": "candidate widths of an expert, e.g. 1,2,3; each of 1, 2, 3, 4, 8.",
+    "at_least": "least number of experts of a layer per width, e.g. 3:1,2:1 (the papers' constraint).",
+    "modules_to_not_convert": "names or patterns of modules that stay as they are, separated by commas.",
+    "dataset": "calibration text: Hub id 'org/name[:subset[:split[:field]]]', or a local .txt, .jsonl or .parquet file. "
+    "Default: C4 from the Hub.",
+    "tokenizer": "tokenizer's id or folder; default the model's own.",
+    "work_dir": "folder for intermediate files; default a hidden one beside the output.",
+    "max_memory": "memory that compression may take, e.g. 12GB; checked against the estimate before it starts.",
+    "plan": "JSON file with the width of every expert, used instead of the allocation.",
+    "odp": "skip experts by thresholds on routing weights (docs/pruning.md).",
+    "odp_rate": "share of routed expert bytes to skip, e.g. 0.15; default the median rule. Implies --odp.",
+    "odp_options": "further fields of ODPConfig as JSON, e.g. '{\"protect\": 0.05}'. Implies --odp.",
+    "otp": "share of routed slots to skip by learned pruning, e.g. 0.2; its routers are trained at the end.",
+    "otp_options": "further fields of OTPConfig as JSON, e.g. '{\"steps\": 30}'. Implies --otp.",
+}
+# help that begins with a value keeps it as it is typed
+VALUES = ("layer", "pmq", "gptq", "search", "final", "paper")
+TYPES: dict[str, tuple[Any, Any]] = {
+    "expert_bits": (str, "1,2,3"),
+    "at_least": (str | None, None),
+    "modules_to_not_convert": (str | None, None),
+    "dataset": (str | None, None),
+    "tokenizer": (str | None, None),
+    "work_dir": (Path | None, None),
+    "max_memory": (str | None, None),
+    "device": (str | None, None),
+    "plan": (Path | None, None),
+    "odp": (bool, False),
+    "odp_rate": (float | None, None),
+    "odp_options": (str | None, None),
+    "otp": (float | None, None),
+    "otp_options": (str | None, None),
+}
+
+
+def compression_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a compression; it gets them as the dict `options`."""
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for names in PANELS.values() for name in names}
+        function(*args, options=options, **kwargs)
+
+    own = inspect.signature(function, eval_str=True)
+    parameters = [p for p in own.parameters.values() if p.name != "options"]
+    parameters += [_parameter(name, panel) for panel, names in PANELS.items() for name in names]
+    run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    return run
+
+
+def _parameter(name: str, panel: str) -> inspect.Parameter:
+    signature = inspect.signature(MCMoEConfig, eval_str=True).parameters
+    kind, default = TYPES[name] if name in TYPES else (signature[name].annotation, signature[name].default)
+    text = HELP.get(name) or _documented()[name]
+    text = text[:1].upper() + text[1:] if not text.startswith(VALUES) else text
+    flag = "--" + name.replace("_", "-")
+    if kind is bool and default is True:
+        flag = f"{flag}/--no-{flag[2:]}"
+    option = typer.Option(flag, help=text, rich_help_panel=panel)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+def _documented() -> dict[str, str]:
+    """What the docstring of `MCMoEConfig` says of each argument."""
+    text = (inspect.getdoc(MCMoEConfig) or "").partition("Args:\n")[2].partition("\nRaises:")[0]
+    entries = re.findall(r"^    (\w+): ((?:.|\n(?!    \w+: ))*)", text, re.MULTILINE)
+    return {name: " ".join(words.replace("`", "").replace('"', "").split()) for name, words in entries}
+
+
+def config_of(options: Mapping[str, Any], **more: Any) -> MCMoEConfig:
+    """The config that the options of a command ask for.
+
+    Raises:
+        ValueError, NotImplementedError: see `MCMoEConfig`.
+        Refused: an option cannot be read.
+    """
+    given = {name: value for name, value in options.items() if not name.startswith(("odp", "otp"))}
+    if options["dataset"] and options["dataset"].startswith("{"):
+        given["dataset"] = _json("dataset", options["dataset"])
+    given["expert_bits"] = [_integer("expert_bits", word) for word in options["expert_bits"].split(",")]
+    given["at_least"] = _at_least(options["at_least"])
+    patterns = options["modules_to_not_convert"]
+    given["modules_to_not_convert"] = patterns.split(",") if patterns else None
+    return MCMoEConfig(**{**given, "odp": _odp(options), "otp": _otp(options), **more})
+
+
+def _odp(options: Mapping[str, Any]) -> ODPConfig | None:
+    fields = _json("odp_options", options["odp_options"])
+    if options["odp_rate"] is not None:
+        fields["rate"] = options["odp_rate"]
+    return _pruning(ODPConfig, "odp_options", fields) if options["odp"] or fields else None
+
+
+def _otp(options: Mapping[str, Any]) -> OTPConfig | None:
+    fields = _json("otp_options", options["otp_options"])
+    if options["otp"] is not None:
+        fields["target"] = options["otp"]
+    return _pruning(OTPConfig, "otp_options", fields) if fields else None
+
+
+def _pruning(kind: Any, option: str, fields: dict[str, Any]) -> Any:
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        known = ", ".join(inspect.signature(kind).parameters)
+        raise Refused(
+            f"--{option.replace('_', '-')} has a field that does not exist; those that do: {known}."
+        ) from error
+
+
+def _json(option: str, text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise Refused(f"--{option.replace('_', '-')} is not JSON ({error}): {text}") from error
+    if not isinstance(value, dict):
+        raise Refused(f"--{option.replace('_', '-')} must be a JSON object, but it is {text}.")
+    return value
+
+
+def _at_least(text: str | None) -> dict[int, int] | None:
+    if not text:
+        return None
+    if text.startswith("{"):
+        return {_integer("at_least", width): int(count) for width, count in _json("at_least", text).items()}
+    pairs = [pair.partition(":") for pair in text.split(",")]
+    return {_integer("at_least", width): _integer("at_least", count) for width, _, count in pairs}
+
+
+def _integer(option: str, word: str) -> int:
+    try:
+        return int(word)
+    except ValueError as error:
+        raise Refused(f"--{option.replace('_', '-')} has {word!r} where a whole number should be.") from error

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compression will give and take, before it starts: bits per layer, sizes, memory, disk, and a guess of the time.
+
+Knows the model's structure and the config; it reads no weights and no data. Times come from rounding random matrices of
+the model's shapes on this machine for some seconds.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from transformers_mcmoe.allocation import uniform
+from transformers_mcmoe.calibration.hessians import ExpertHessians
+from transformers_mcmoe.calibration.statistics import SAMPLE
+from transformers_mcmoe.config import MCMoEConfig
+from transformers_mcmoe.models.structure import Structure
+from transformers_mcmoe.pipeline.allocating import MEASURED
+from transformers_mcmoe.pipeline.prepare import OVERHEAD, budgets_of, disk_need, hessian_memory, memory_parts
+from transformers_mcmoe.pipeline.rounding import ROWS, grid_of
+from transformers_mcmoe.plan import ExpertWidths, Plan, average_bits, bits_per_weight
+from transformers_mcmoe.quantization import Factor, gptq, group_size_for, quantize
+from transformers_mcmoe.routing.prunable import TOP_K
+
+# a factorization costs the cube of its size; larger ones are reckoned from this one
+_LARGEST = 2048
+# rows of a matrix that are rounded to time it; the rest costs in proportion
+_PROBE_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a compression will give and take; sizes in bytes.
+
+    Attributes:
+        layers: average bits of each experts module's experts, by path; with one budget for the model, of all of them alike,
+            because measuring decides which layers get more.
+        decided: whether `layers` is final (a budget per layer, or a given plan).
+        average_bits: over all quantized weights.
+        bits_per_weight: the same with scales and zeros.
+        experts: how many experts there are in all.
+        quantized_weights: weights that are quantized.
+        total_bytes: of the packed model.
+        dense_bytes: of the dense one, quantized matrices at 16 bits.
+        memory_bytes: bound on the memory that compressing takes beside the libraries.
+        disk_bytes: most that the work folder takes, beside the output.
+        seconds: estimate per stage on this machine, "allocate" and "quantize".
+    """
+
+    layers: dict[str, float]
+    decided: bool
+    average_bits: float
+    bits_per_weight: float
+    experts: int
+    quantized_weights: int
+    total_bytes: int
+    dense_bytes: int
+    memory_bytes: int
+    disk_bytes: int
+    seconds: dict[str, float]
+
+
+def preview(model: Any, config: MCMoEConfig, *, dtype: torch.dtype) -> Preview:
+    """Look ahead at a compression.
+
+    Args:
+        model: the dense model, on meta.
+        config: what is to be done.
+        dtype: floating dtype that layers will be run in.
+
+    Raises:
+        ValueError, NotImplementedError: what `compress` would raise for this model and config.
+    """
+    structure = Structure(
+        copy.deepcopy(model), config.attention_bits, config.shared_expert_bits, config.modules_to_not_convert
+    )
+    budgets = budgets_of(structure, config)
+    hessian_memory(structure, config, dtype)  # refuses a max_memory that is too small
+    plan = config.plan or Plan(
+        {
+            path: ExpertWidths.of(_even(structure.experts[path].num_experts, config, budget))
+            for path, budget in budgets.items()
+        },
+        structure.linears,
+    )
+    matrices = structure.matrices(plan if plan.linears else Plan(plan.experts, structure.linears))
+    weights = sum(matrix.weights for matrix in matrices)
+    packed = sum(matrix.packed_bytes(config.group_size) for matrix in matrices)
+    parameters = sum(parameter.numel() for parameter in structure.model.parameters())
+    _, held, rest = memory_parts(structure, dtype)
+    tokens = config.num_samples * config.seq_len
+    return Preview(
+        layers={path: statistics.fmean(widths.gate_up) for path, widths in plan.experts.items()},
+        decided=config.plan is not None or config.budget == "layer" or config.allocation == "uniform",
+        average_bits=average_bits(matrices),
+        bits_per_weight=bits_per_weight(matrices, config.group_size),
+        experts=sum(experts.num_experts for experts in structure.experts.values()),
+        quantized_weights=weights,
+        total_bytes=packed + dtype.itemsize * (parameters - weights),
+        dense_bytes=2 * weights + dtype.itemsize * (parameters - weights),
+        memory_bytes=held + rest + OVERHEAD,
+        disk_bytes=disk_need(structure, tokens, dtype),
+        seconds=_Clock(structure, config, dtype).seconds(),
+    )
+
+
+def _even(count: int, config: MCMoEConfig, budget: int) -> list[int]:
+    """Widths of a layer's experts that spend its budget; which expert has which does not change what they cost."""
+    choice = uniform(count, config.expert_bits, budget, np.random.default_rng(config.seed))
+    return [config.expert_bits[index] for index in choice]
+
+
+class _Clock:
+    """Reckons the time of the stages from a few timings."""
+
+    def __init__(self, structure: Structure, config: MCMoEConfig, dtype: torch.dtype) -> None:
+        self._structure, self._config, self._dtype = structure, config, dtype
+        self._device = config.device or torch.device("cpu")
+        self._tokens = config.num_samples * config.seq_len
+        self._limit = hessian_memory(structure, config, dtype)
+        self._known: dict[Any, float] = {}
+        text = structure.model.config.get_text_config()
+        found = (getattr(text, name, None) for name in TOP_K)
+        self._top_k = next((k for k in found if isinstance(k, int)), 2)
+        size = 1024
+        x = torch.randn(size, size, dtype=dtype, device=self._device)
+        self._rate = 2 * size**3 / self._time(lambda: x @ x.T)
+
+    def seconds(self) -> dict[str, float]:
+        """By stage."""
+        config = self._config
+        apart = config.plan is None and config.budget == "model" and config.allocation != "uniform"
+        measured = config.plan is None and config.allocation in MEASURED
+        errors = self._measuring() if measured else 0.0
+        found = {}
+        if apart:
+            found["allocate"] = errors + self._forward()
+        rounding = sum(self._rounding(path, 1) for path in self._structure.experts) + self._linears()
+        counting = self._counting() if config.rounding == "gptq" else 0.0
+        found["quantize"] = rounding + counting + self._forward() + (0.0 if apart else errors)
+        return found
+
+    def _measuring(self) -> float:
+        """Rounding at every width, and running the samples."""
+        config = self._config
+        seconds = self._counting() if config.eps == "final" and config.rounding == "gptq" else 0.0
+        for path, experts in self._structure.experts.items():
+            seconds += self._rounding(path, len(config.expert_bits))
+            sampled = min(SAMPLE, self._tokens * self._top_k // experts.num_experts)
+            runs = experts.num_experts * (1 + len(config.expert_bits)) * sampled
+            seconds += 2 * runs * self._structure.expert_weights(path) / self._rate
+        return seconds
+
+    def _forward(self) -> float:
+        """One pass of all tokens through the layers."""
+        weights = sum(self._structure.linear_weights().values())
+        weights += sum(self._top_k * self._structure.expert_weights(path) for path in self._structure.experts)
+        return 2 * self._tokens * weights / self._rate
+
+    def _counting(self) -> float:
+        """Hessians of experts and linear layers, with the passes that reach them."""
+        flops = 0.0
+        linears = sum(self._structure.linear_weights().values()) / max(1, len(self._structure.experts))
+        for path, experts in self._structure.experts.items():
+            sizes = {p.role: p.in_features for p in experts.projections}
+            flops += 2 * self._tokens * self._top_k * sum(size**2 for size in sizes.values())
+            flops += 2 * self._tokens * self._top_k * self._structure.expert_weights(path)
+            passes = math.ceil(experts.num_experts * ExpertHessians.bytes_per_expert(experts) / self._limit)
+            flops += 2 * self._tokens * linears * passes
+        for path in self._structure.linears:
+            flops += self._tokens * self._structure.model.get_submodule(path).in_features ** 2
+        return flops / self._rate
+
+    def _rounding(self, path: str, widths: int) -> float:
+        """All experts of a module at so many widths."""
+        experts = self._structure.experts[path]
+        roles: dict[str, tuple[int, int]] = {}
+        for p in experts.projections:
+            rows, _ = roles.get(p.role, (0, 0))
+            roles[p.role] = rows + p.out_features, p.in_features
+        return experts.num_experts * sum(self._matrix(rows, columns, widths) for rows, columns in roles.values())
+
+    def _linears(self) -> float:
+        modules = [self._structure.model.get_submodule(path) for path in self._structure.linears]
+        return sum(self._matrix(module.out_features, module.in_features, 1) for module in modules)
+
+    def _matrix(self, rows: int, columns: int, widths: int) -> float:
+        """One matrix at so many widths, with its factorization."""
+        bits = self._config.expert_bits[len(self._config.expert_bits) // 2]
+        batch = max(1, min(ROWS, _PROBE_ROWS) // rows)
+        taken = min(rows, _PROBE_ROWS)
+        weight = torch.randn(batch, taken, columns)
+        size = group_size_for(columns, self._config.group_size)
+        if self._config.rounding == "nearest":
+            key = ("nearest", rows, columns)
+            each = self._once(key, lambda: quantize(weight[0], bits, size, grid_of(self._config)))
+            return widths * each * rows / taken
+        probe = min(columns, _LARGEST)
+        hessian = torch.eye(probe, device=self._device).expand(batch, -1, -1) * 1.0
+        small = group_size_for(probe, self._config.group_size)
+        factor_time = self._once(("factor", probe), lambda: Factor.of(hessian[:1].clone(), small, damping=0.01))
+        factor = Factor.of(hessian, small, damping=0.01)
+        part = weight[..., :probe].to(self._device)
+        round_time = self._once(("gptq", rows, probe), lambda: gptq(part, factor, bits, grid_of(self._config)))
+        scale = columns / probe
+        return factor_time * scale**3 + widths * round_time / batch * rows / taken * scale
+
+    def _once(self, key: Any, run: Any) -> float:
+        if key not in self._known:
+            self._known[key] = self._time(run)
+        return self._known[key]
+
+    def _time(self, run: Any) -> float:
+        """Seconds of a run, the better of two."""
+        best = math.inf
+        for _ in range(2):
+            started = time.perf_counter()
+            run()
+            best = min(best, time.perf_counter() - started)
+        return best
