@@ -27,6 +27,10 @@ BATCH = 8
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.1  # of matrices, not of norms
 WARM_UP = 0.04  # as a part of the training
+# the model knows documents, not roles: messages are paragraphs, and the answer is the next one
+CHAT = """{% for message in messages %}{{ message['content'] }}
+
+{% endfor %}"""
 
 
 def train_tokenizer(docs: list[str]) -> PreTrainedTokenizerFast:
@@ -39,7 +43,8 @@ def train_tokenizer(docs: list[str]) -> PreTrainedTokenizerFast:
         vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(docs, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END)
+    ends = {"bos_token": END, "eos_token": END, "pad_token": END}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT, **ends)
 
 
 def windows(docs: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:

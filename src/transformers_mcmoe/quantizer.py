@@ -27,6 +27,7 @@ import transformers
 from torch import nn
 from transformers.quantizers import HfQuantizer, auto, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.hub import extract_commit_hash
 
 from transformers_mcmoe.config import QUANT_METHOD, MCMoEConfig, ODPConfig, OTPConfig
 from transformers_mcmoe.models.experts import Experts, FusedExperts, ListExperts
@@ -56,6 +57,7 @@ class MCMoEHfQuantizer(HfQuantizer):
 
     Attributes:
         report: the report of the compression, None until it is asked for on a reloaded model.
+        commit: of the Hub repository that a packed model was loaded from, None for a folder.
     """
 
     requires_calibration = False  # True would forbid compression inside from_pretrained
@@ -65,6 +67,7 @@ class MCMoEHfQuantizer(HfQuantizer):
         # the plan is written into the config; the user's object stays as it is and may be used again
         super().__init__(copy.copy(quantization_config), **kwargs)
         self.report: dict[str, Any] | None = None
+        self.commit: str | None = None
         self._result: Compressed | None = None
         self._work_dir: Path | None = None
         self._packed: dict[str, Experts] = {}
@@ -87,6 +90,8 @@ class MCMoEHfQuantizer(HfQuantizer):
             raise ValueError("transformers_mcmoe needs the checkpoint's files; a state_dict cannot be compressed.")
         if not self.pre_quantized:
             self._compress(model, checkpoint_files, dtype or torch.get_default_dtype())
+        else:
+            self.commit = extract_commit_hash(str(checkpoint_files[0]), None)
         plan = self.quantization_config.plan
         if plan is None:
             raise ValueError("The checkpoint's quantization_config has no plan; it was not written by this package.")
@@ -132,6 +137,7 @@ class MCMoEHfQuantizer(HfQuantizer):
         self._prune(model)
         _tell_peft()
         model.save_pretrained = types.MethodType(save_pretrained, model)
+        model.push_to_hub = types.MethodType(push_to_hub, model)
         return model
 
     def _prune(self, model: Any) -> None:
@@ -203,7 +209,8 @@ class MCMoEHfQuantizer(HfQuantizer):
         for path, module in list(model.named_modules()):
             if isinstance(module, PackedLinear):
                 model.set_submodule(path, _dense_linear(module, dtype))
-        model.__dict__.pop("save_pretrained", None)
+        for name in ("save_pretrained", "push_to_hub"):
+            model.__dict__.pop(name, None)
         # names revert by the family's own mapping again, experts included
         model.__dict__.pop("_weight_conversions", None)
         if pruning is not None:
@@ -229,6 +236,13 @@ def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **
     """`save_pretrained` of a packed model: the model's own, with the report beside the weights."""
     with self.hf_quantizer.saving_to(Path(save_directory)):
         return type(self).save_pretrained(self, save_directory, *args, **kwargs)
+
+
+def push_to_hub(self: Any, repo_id: str, **kwargs: Any) -> Any:
+    """`push_to_hub` of a packed model, see `integrations.hub.push_to_hub`: with tokenizer, report and model card."""
+    from transformers_mcmoe.integrations import hub
+
+    return hub.push_to_hub(self, repo_id, **kwargs)
 
 
 def _tell_peft() -> None:

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from transformers_mcmoe.progress import size
 
 FINGERPRINT = "fingerprint.json"
 # pieces of every checkpoint file that tell two fine-tunes of one model apart
@@ -75,10 +79,10 @@ class WorkDir:
         free = shutil.disk_usage(self.path).free
         if free < need:
             raise OSError(
-                f"work_dir '{self.path}' has {free / 1e9:.1f} GB free, but up to {need / 1e9:.1f} GB are needed; "
+                f"work_dir '{self.path}' has {size(free)} free, but up to {size(need)} are needed; "
                 "choose a work_dir on a larger disk."
             )
-        _write_atomically(file, json.dumps({"fingerprint": self.mark}))
+        write_whole(file, json.dumps({"fingerprint": self.mark}))
 
     def write_layer(self, index: int, tensors: dict[str, Tensor]) -> Path:
         """Write the packed tensors of one layer: all of them or none."""
@@ -94,10 +98,32 @@ class WorkDir:
             file.unlink()
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def mapped_tensor(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor that lies in a file: it costs disk, not memory.
+
+    Raises:
+        OSError: the disk has no room for it. Without the reservation, a write to the tensor would end the process.
+    """
+    count = math.prod(shape)
+    with path.open("a+b") as file:
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(path)) from error
+    return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(*shape)
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def check_replaceable(output: Path, mark: str) -> None:

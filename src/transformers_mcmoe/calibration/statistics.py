@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from transformers_mcmoe.models.experts import Experts
+from transformers_mcmoe.workdir import mapped_tensor
 
 # inputs kept per expert, a uniform sample of its routed tokens; errors are measured on these
 SAMPLE = 1024
@@ -112,9 +113,7 @@ class ExpertInputs:
         if n == 0:
             return
         if self._x is None:
-            shape = (*self._weight.shape, x.shape[1])
-            size = torch.Size(shape).numel()
-            self._x = torch.from_file(str(self._path), shared=True, size=size, dtype=x.dtype).view(shape)
+            self._x = mapped_tensor(self._path, (*self._weight.shape, x.shape[1]), x.dtype)
         order = torch.arange(n) + self._seen[expert]
         draw = (torch.rand(n, generator=self._random, dtype=torch.float64) * (order + 1)).long()
         slot = torch.where(order < SAMPLE, order, draw)

@@ -14,10 +14,11 @@ from typing import Annotated, Any
 import transformers
 import typer
 
-from transformers_mcmoe.cli.command import command
-from transformers_mcmoe.cli.console import duration, notes, progress, say, show_json, show_pairs, size
-from transformers_mcmoe.cli.loading import model_class, read_config
+from transformers_mcmoe.cli.command import Refused, command
+from transformers_mcmoe.cli.console import notes, progress, say, show_json, show_pairs
+from transformers_mcmoe.cli.loading import is_packed, model_class, read_config
 from transformers_mcmoe.cli.options import compression_options, config_of
+from transformers_mcmoe.progress import duration, size
 from transformers_mcmoe.report import REPORT_NAME, compression_report
 from transformers_mcmoe.workdir import FINGERPRINT, check_replaceable, recover_directory, replace_directory
 
@@ -41,6 +42,9 @@ def compress(
     The model need not fit into memory. The old content of the folder stays whole until the new one is finished.
     """
     output = output.resolve()
+    found = read_config(model)
+    if is_packed(found):
+        raise Refused(f"'{model}' is packed already; give the dense model it was made from.")
     own_work = options["work_dir"] is None
     work = _sibling(output, "work") if own_work else options["work_dir"]
     recover_directory(output)
@@ -51,7 +55,7 @@ def compress(
     try:
         with progress() as move:
             config = config_of(options, work_dir=work, progress=move)
-            packed = model_class(read_config(model)).from_pretrained(model, quantization_config=config, dtype=dtype)
+            packed = model_class(found).from_pretrained(model, quantization_config=config, dtype=dtype)
         save(packed, model, output)
         finished = True
     finally:

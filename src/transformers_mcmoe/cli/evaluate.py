@@ -76,6 +76,8 @@ def evaluate_command(
     speed: Annotated[
         bool, typer.Option("--speed", help="Tokens per second and peak memory.", rich_help_panel="Speed")
     ] = False,
+    speed_prompt: Annotated[int, typer.Option(help="Tokens of a prompt.", min=1, rich_help_panel="Speed")] = 256,
+    speed_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=2, rich_help_panel="Speed")] = 64,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -110,6 +112,10 @@ def evaluate_command(
     What was measured is kept as JSON with its protocol, seed and versions; measuring again replaces a figure and leaves the
     others.
     """
+    if not (perplexity or layers or speed or needle or tasks):
+        raise Refused(
+            "There is nothing to measure; leave --no-perplexity out, or ask for --speed, --tasks or --needle."
+        )
     if reference is None and (classes or layers):
         raise Refused("--classes and --layers compare with the dense model; give --reference.")
     lengths = _lengths(needle)
@@ -123,35 +129,36 @@ def evaluate_command(
     loaded = load_model(model, dtype)
     dense = load_model(reference, dtype) if reference is not None else None
     found: dict[str, Any] = {}
+
+    def keep(**sections: Any) -> None:
+        """What is measured is written at once: a later failure does not lose it."""
+        found.update(sections)
+        if file is not None:
+            write_record(merged(before, found), file)
+
     if source is not None:
         tokens = text_tokens([source], tokenizer)
         positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
         context = context or min(CONTEXT, positions or CONTEXT, len(tokens))
         options: dict[str, Any] = {"context": context, "stride": stride, "limit": limit, "batch": batch}
         about = {"text": _name_of(text), "sha256": fingerprint(tokens), "machine": machine()}
-        found |= _measure_text(loaded, dense, tokenizer, tokens, options, about, classes)
+        keep(**_measure_text(loaded, dense, tokenizer, tokens, options, about, classes))
         if layers:
             short = {"context": context, "limit": min(limit or 4, 4)}
-            found["layers"] = error_buildup(loaded, dense, tokens, **short).to_dict() | about
+            keep(layers=error_buildup(loaded, dense, tokens, **short).to_dict() | about)
     if speed:
         models = ({"dense": dense} if dense is not None else {}) | {_kind(model): loaded}
-        found["speed"] = measure_speed(models, seed=seed)
+        keep(speed=measure_speed(models, prompt=speed_prompt, new_tokens=speed_tokens, seed=seed))
     if lengths and hay is not None:
         with counting("needle", len(lengths) * depths * repeats, "prompt") as count:
             cells: dict[str, Any] = {"lengths": lengths, "depths": depths, "repeats": repeats, "seed": seed}
             row = find_needles(loaded, tokenizer, hay, **cells, progress=lambda done, total: count())
-        found["needle"] = row | {"text": _name_of(haystack or text), "machine": machine()}
+        keep(needle=row | {"text": _name_of(haystack or text), "machine": machine()})
+        if file is not None:
+            needle_figure(row).png(file.with_name("mcmoe_needle.png"))
     if tasks:
         options = {"shots": shots, "limit": task_limit, "batch": batch, "data": task_data, "seed": seed}
-        found["tasks"] = run_benchmarks(loaded, tokenizer, tasks.split(","), allow_code=allow_code, **options)
-    if not found:
-        raise Refused(
-            "There is nothing to measure; leave --no-perplexity out, or ask for --speed, --tasks or --needle."
-        )
-    if file is not None:
-        write_record(merged(before, found), file)
-        if "needle" in found:
-            needle_figure(found["needle"]).png(file.with_name("mcmoe_needle.png"))
+        keep(tasks=run_benchmarks(loaded, tokenizer, tasks.split(","), allow_code=allow_code, **options))
     if as_json:
         show_json(found)
         return

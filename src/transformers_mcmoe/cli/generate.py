@@ -11,9 +11,10 @@ import typer
 from transformers import TextStreamer, set_seed
 
 from transformers_mcmoe.cli.command import Refused, command
-from transformers_mcmoe.cli.console import say, show_json, show_table, size
+from transformers_mcmoe.cli.console import say, show_json, show_table
 from transformers_mcmoe.cli.loading import load_model, load_tokenizer
 from transformers_mcmoe.evaluation import measure_speed
+from transformers_mcmoe.progress import size
 
 
 @command("generate", "Use")

@@ -13,10 +13,11 @@ import torch
 import typer
 
 from transformers_mcmoe.cli.command import Refused, command
-from transformers_mcmoe.cli.console import duration, say, show_json, show_pairs, show_table, size
+from transformers_mcmoe.cli.console import say, show_json, show_pairs, show_table
 from transformers_mcmoe.cli.loading import is_packed, model_class, read_config
 from transformers_mcmoe.cli.options import compression_options, config_of
 from transformers_mcmoe.pipeline.preview import Preview, preview
+from transformers_mcmoe.progress import duration, size
 
 
 @command("plan", "Compress")

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from transformers_mcmoe.cli.command import Refused, command
 from transformers_mcmoe.cli.console import say
@@ -29,7 +31,8 @@ def serve(
 ) -> None:
     """Answer OpenAI clients (chat and completions) from MODEL.
 
-    This is `transformers serve` with the packed format known to it; its further endpoints work as there.
+    This is `transformers serve` with the packed format known to it; its further endpoints work as there. Requests name the model
+    as it is named here.
     """
     read_config(model)
     load_tokenizer(model)
@@ -38,6 +41,8 @@ def serve(
         from transformers.cli.serve import Serve
     except ImportError as error:
         raise Refused("Serving needs further packages; pip install transformers-mcmoe[serve].") from error
+    # the server lists the models in the Hub's cache, and fails where there is none yet
+    Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
     say(f"Serving {model} on http://{host}:{port}/v1; stop with Ctrl-C.")
     Serve(
         force_model=model,

@@ -28,6 +28,7 @@ from transformers_mcmoe.evaluation.protocol import (
 )
 from transformers_mcmoe.models.experts import find_experts, stacks_of
 from transformers_mcmoe.nn import PackedExperts
+from transformers_mcmoe.pruning import without_expert_pruning
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def error_buildup(
     """Compare the hidden states of a compressed and the dense model layer by layer.
 
     Runs both models and, on the dense hidden states, each compressed layer once more. Holds the hidden states between
-    all layers of one batch, (L + 1) * batch * T * H in the reference's dtype; no logits are computed.
+    all layers of one batch, (L + 1) * batch * T * H in the reference's dtype; no logits are computed. Expert pruning is off
+    meanwhile: what it costs depends on the whole sequence, not on a layer alone.
 
     Args:
         model: the compressed model.
@@ -145,8 +147,8 @@ def error_buildup(
     text = read_text(tokens, context, None, limit)
     check_fits(text, model, reference)
     paths = _layer_paths(reference)
-    run = _Run(model, reference, paths)
-    with evaluating(model, reference):
+    with without_expert_pruning(model), evaluating(model, reference):
+        run = _Run(model, reference, paths)
         for group in text.batches(batch):
             run.batch(torch.stack([window.ids for window in group]))
     entering = [sums.distance() for sums in run.entering]

@@ -17,6 +17,8 @@ from typing import Any
 
 from transformers.utils import cached_file
 
+from transformers_mcmoe.workdir import write_whole
+
 EVALUATION_NAME = "mcmoe_evaluation.json"
 RECORD_VERSION = 1
 
@@ -76,7 +78,4 @@ def merged(record: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_record(record: Mapping[str, Any], path: str | Path) -> None:
     """Write a record, whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(record, indent=2, allow_nan=False) + "\n")

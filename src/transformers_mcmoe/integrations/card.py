@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineMo
 from jinja2 import Environment, StrictUndefined
 
 from transformers_mcmoe.config import MCMoEConfig, ODPConfig, OTPConfig
+from transformers_mcmoe.progress import size
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
 # a card with this line is ours and may be written anew; one without is the user's own
@@ -63,6 +64,7 @@ def build_card(
     base_model: str | None = None,
     facts: Mapping[str, Any] | None = None,
     figures: Mapping[str, str] | None = None,
+    tags: Sequence[str] = (),
 ) -> ModelCard:
     """The card.
 
@@ -73,6 +75,7 @@ def build_card(
         base_model: Hub id of the dense model; default the report's, none if it was compressed from a folder.
         facts: licence and the like, see `inherited`; the report's, if it has some, fill the gaps.
         figures: title -> path in the repository.
+        tags: further ones.
 
     Returns:
         A card whose metadata holds only what is known.
@@ -84,7 +87,7 @@ def build_card(
         "base_model": base_model,
         "base_model_relation": "quantized" if base_model else None,
         "library_name": "transformers",
-        "tags": ["mcmoe", "mixture-of-experts", "quantized", *_pruned_tag(report)],
+        "tags": ["mcmoe", "mixture-of-experts", "quantized", *_pruned_tag(report), *tags],
         "datasets": [source] if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source) else None,
         "pipeline_tag": facts.get("pipeline_tag", "text-generation"),
         **{name: facts.get(name) for name in ("license", "license_name", "license_link", "language")},
@@ -115,14 +118,9 @@ def build_card(
         command=command_line(report, base_model or model_name(report), repo_id.rpartition("/")[2]),
         source=source,
         figures=figures or {},
-        size=_size(report["sizes"]["total_bytes"]),
+        size=size(report["sizes"]["total_bytes"]),
     )
     return ModelCard(re.sub(r"\n{3,}", "\n\n", text))
-
-
-def _size(count: float) -> str:
-    unit, factor = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6)
-    return f"{count / factor:.2f} {unit}"
 
 
 def _pruned_tag(report: Mapping[str, Any]) -> list[str]:

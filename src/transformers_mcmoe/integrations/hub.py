@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,6 +56,8 @@ def push_to_hub(
     token: str | bool | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
+    commit_description: str | None = None,
+    tags: Sequence[str] = (),
     create_pr: bool = False,
     max_shard_size: str | int = "5GB",
 ) -> CommitInfo:
@@ -73,6 +75,8 @@ def push_to_hub(
         token: Hub token; default the one that is logged in.
         revision: branch.
         commit_message: default "Upload packed model".
+        commit_description: further lines of it.
+        tags: of the card, beside its own.
         create_pr: open a pull request instead.
         max_shard_size: of a weight file.
 
@@ -88,7 +92,7 @@ def push_to_hub(
         folder = Path(directory)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         _save_tokenizer(tokenizer, source, folder)
-        record = _record_of(source)
+        record = _record_of(source, model.hf_quantizer.commit)
         if record:
             write_record(record, folder / EVALUATION_NAME)
         return push_folder(
@@ -100,6 +104,8 @@ def push_to_hub(
             token=token,
             revision=revision,
             commit_message=commit_message,
+            commit_description=commit_description,
+            tags=tags or (),
             create_pr=create_pr,
         )
 
@@ -117,9 +123,10 @@ def _save_tokenizer(tokenizer: Any, source: str, folder: Path) -> None:
     logger.warning("No tokenizer goes with the model: '%s' has none; give tokenizer=.", source)
 
 
-def _record_of(source: str) -> dict[str, Any]:
+def _record_of(source: str, commit: str | None) -> dict[str, Any]:
+    """What was measured of a model that was loaded; nothing was of one that has just been compressed."""
     try:
-        return load_record(source)
+        return load_record(source, commit)
     except OSError:
         return {}
 
@@ -134,6 +141,8 @@ def push_folder(
     token: str | bool | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
+    commit_description: str | None = None,
+    tags: Sequence[str] = (),
     create_pr: bool = False,
 ) -> CommitInfo:
     """Upload a saved packed model as one commit; weights of an earlier upload are deleted in it. See `push_to_hub`.
@@ -155,7 +164,7 @@ def push_folder(
         made = Path(directory)
         repo_id = _hub(lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id, repo_id)
         facts = {"license": license} if license else {}
-        write_card(folder, made, repo_id, base_model=base_model, facts=facts, token=token)
+        write_card(folder, made, repo_id, base_model=base_model, facts=facts, token=token, tags=tags)
         if revision is not None and not create_pr:
             _hub(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id)
         files = {path.relative_to(root).as_posix(): path for root in (folder, made) for path in _files(root)}
@@ -170,7 +179,12 @@ def push_folder(
             ]
             message = commit_message or "Upload packed model"
             return api.create_commit(
-                repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr
+                repo_id,
+                operations,
+                commit_message=message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
             )
 
         return _hub(commit, repo_id)
@@ -190,6 +204,7 @@ def write_card(
     base_model: str | None = None,
     facts: Mapping[str, Any] | None = None,
     token: str | bool | None = None,
+    tags: Sequence[str] = (),
 ) -> None:
     """Write README.md and its figures for a packed model's folder into another folder.
 
@@ -200,6 +215,7 @@ def write_card(
         base_model: Hub id, or folder, of the dense model.
         facts: metadata that goes before what the dense model's card says.
         token: to read a private model's card.
+        tags: beside those that the card has anyway.
     """
     own = folder / "README.md"
     if own.is_file() and MARK not in own.read_text(encoding="utf-8"):
@@ -209,7 +225,8 @@ def write_card(
     known = inherited(base, token) if base else {}
     on_hub = base if base and not Path(base).is_dir() else None
     figures = _figures(report, record, output)
-    card = build_card(repo_id, report, record, base_model=on_hub, facts={**known, **(facts or {})}, figures=figures)
+    known |= facts or {}
+    card = build_card(repo_id, report, record, base_model=on_hub, facts=known, figures=figures, tags=tags)
     (output / "README.md").write_text(str(card), encoding="utf-8")
 
 

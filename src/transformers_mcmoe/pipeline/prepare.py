@@ -17,6 +17,7 @@ from transformers_mcmoe.allocation.budget import LayerSize, expert_budgets
 from transformers_mcmoe.calibration.data import calibration_tokens
 from transformers_mcmoe.calibration.data import fingerprint as data_fingerprint
 from transformers_mcmoe.calibration.hessians import ExpertHessians
+from transformers_mcmoe.calibration.statistics import SAMPLE
 from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig, ODPConfig, OTPConfig
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.routing import check_learnable, check_prunable
@@ -152,8 +153,9 @@ def memory_parts(structure: Structure, dtype: torch.dtype) -> tuple[int, int, in
 
 
 def disk_need(structure: Structure, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that hidden states and packed layers (at 4 bits) take at most."""
+    """Bytes that hidden states, samples of experts' inputs and packed layers (at 4 bits) take at most."""
     hidden = next(iter(structure.experts.values())).projections[0].in_features
+    samples = SAMPLE * max(experts.num_experts for experts in structure.experts.values())
     weights = sum(structure.linear_weights().values())
     weights += sum(structure.expert_weights(path) * e.num_experts for path, e in structure.experts.items())
-    return tokens * hidden * dtype.itemsize + weights // 2
+    return (tokens + samples) * hidden * dtype.itemsize + weights // 2

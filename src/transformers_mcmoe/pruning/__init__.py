@@ -5,7 +5,7 @@
 
 from transformers_mcmoe.pruning.learned import add_routers, start_learned_pruning, trained
 from transformers_mcmoe.pruning.stats import expert_pruning_stats
-from transformers_mcmoe.pruning.switching import set_expert_pruning, train_expert_pruning
+from transformers_mcmoe.pruning.switching import set_expert_pruning, train_expert_pruning, without_expert_pruning
 from transformers_mcmoe.pruning.thresholds import recorded_ratios, start_expert_pruning, with_thresholds
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "train_expert_pruning",
     "trained",
     "with_thresholds",
+    "without_expert_pruning",
 ]

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -121,6 +122,19 @@ def train_expert_pruning(
         return start_learned_pruning(model, trained(model, otp, tokens, progress))
 
     return _switch(model, attached(model), quantization_config_of(model), start)
+
+
+@contextmanager
+def without_expert_pruning(model: Any) -> Iterator[None]:
+    """While open, a model runs all experts that its router chose; what was skipped before is no longer counted."""
+    pruning = attached(model)
+    if pruning is not None:
+        pruning.detach()
+    try:
+        yield
+    finally:
+        if pruning is not None:
+            ExpertPruning(model, pruning.options)
 
 
 def _switch(model: Any, before: ExpertPruning | None, config: MCMoEConfig | None, start: Callable[[], _T]) -> _T:

@@ -199,7 +199,7 @@ def compression_report(model: Any) -> dict[str, Any]:
 
 def read_report(model: Any) -> dict[str, Any]:
     """The report beside the weights that a model was loaded from, locally or on the Hub."""
-    return load_report(model.config.name_or_path, getattr(model.config, "_commit_hash", None))
+    return load_report(model.config.name_or_path, model.hf_quantizer.commit)
 
 
 def load_report(name: str, revision: str | None = None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from transformers_mcmoe.evaluation.record import load_record
 from transformers_mcmoe.integrations.card import command_line, model_name
 from transformers_mcmoe.integrations.plots import Figure, comparison_figures, report_figures, runs_figure
 from transformers_mcmoe.report.building import load_report
+from transformers_mcmoe.workdir import write_whole
 
 TEMPLATE = "page.html.jinja"
 
@@ -64,7 +65,7 @@ def write_page(
     side = [] if compare is None else comparison_figures(compare[0].report, compare[1].report, _two_names(compare))
     text = _render(runs, drawn, several, side, compare)
     path = Path(path)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
     written = [path]
     if figures is not None:
         Path(figures).mkdir(parents=True, exist_ok=True)

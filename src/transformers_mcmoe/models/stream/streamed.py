@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers_mcmoe.memory import return_free_memory
 from transformers_mcmoe.models.stream.checkpoint import Weights, unload
 from transformers_mcmoe.models.stream.runner import LastLayer, LayerRunner, model_inputs, squared_norm
+from transformers_mcmoe.workdir import mapped_tensor
 
 
 class NotStreamable(Exception):
@@ -24,10 +25,7 @@ class HiddenStates:
     """The hidden states between two layers, [N, T, H], in a memory-mapped file: they cost disk, not memory."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        size = 1
-        for length in shape:
-            size *= length
-        self._data = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+        self._data = mapped_tensor(path, shape, dtype)
 
     def __getitem__(self, batch: slice) -> Tensor:
         return self._data[batch]
