@@ -143,7 +143,8 @@ def memory(options: argparse.Namespace) -> None:
 def demo(options: argparse.Namespace) -> None:
     """The examples on the embedded demo model."""
     sys.path.insert(0, str(ROOT.parent / "examples"))
-    from finetune_lora import BITS, finetune, packed_demo
+    from finetune_lora import finetune
+    from lora_training import BITS, packed_demo
     from recover_with_lora import recover
 
     packed = packed_demo(options.packed)

@@ -187,3 +187,16 @@ def test_a_card_of_the_users_own_stays(tmp_path, hub, packed):
     assert done.exit_code == 0, done.stderr
     assert hub.files("tester/mine")["README.md"].decode().endswith("Mine.\n")
     assert Path(packed / "README.md").exists() is False
+
+
+def test_the_example(hub, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    import push_to_hub
+
+    assert "/tester/demo/commit/" in push_to_hub.main("tester/demo", samples=8)
+    card = hub.files("tester/demo")["README.md"].decode()
+    assert "On Python documentation, held out: 22,440 tokens" in card
+    assert mini_hub.metadata_errors(card) == []
+    data = yaml.safe_load(card.split("---\n")[1])
+    assert data["license"] == "apache-2.0"  # from the dense model's own card
+    assert data["model-index"][0]["results"][0]["metrics"][0]["value"] > 40

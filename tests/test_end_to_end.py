@@ -16,11 +16,12 @@ from transformers_mcmoe import (
     expert_pruning_stats,
     set_expert_pruning,
 )
+from transformers_mcmoe.models.experts import find_experts
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", sorted(TINY))
-def test_family(family, tmp_path):
+def test_family(family, tmp_path, table_of_models):
     dense = save_dense(family, tmp_path / "dense")
     ids = tokens(2, 24, seed=1)
     model, info = compressed(dense, output_loading_info=True)
@@ -58,6 +59,13 @@ def test_family(family, tmp_path):
     again = load_class(tmp_path / "again").from_pretrained(tmp_path / "again", dtype=torch.float32)
     assert torch.equal(again(ids).logits, dequantized(ids).logits)
     assert _names(tmp_path / "again") == _names(dense)
+    table_of_models(
+        family=family,
+        model=type(model).__name__,
+        experts=sorted({type(experts.module).__name__ for experts in find_experts(dequantized).values()}),
+        one_operator=model.hf_quantizer.is_compileable,
+        prunable=odp is not None,
+    )
 
 
 def _prune(model, ids, logits):

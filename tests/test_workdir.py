@@ -59,7 +59,7 @@ class TestClaim:
 
     def test_too_little_disk(self, tmp_path: Path, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 5 * 10**9))
-        message = r"has 5\.0 GB free, but up to 7\.3 GB are needed; choose a work_dir on a larger disk"
+        message = r"has 5\.00 GB free, but up to 7\.30 GB are needed; choose a work_dir on a larger disk"
         with pytest.raises(OSError, match=message):
             WorkDir(tmp_path, "mark").claim(7_300_000_000)
         assert not (tmp_path / FINGERPRINT).exists()

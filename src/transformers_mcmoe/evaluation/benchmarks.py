@@ -7,6 +7,7 @@ Knows lm-eval (extra `eval`) and how it finds data; the model is handed to its `
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -72,7 +73,7 @@ def run_benchmarks(
     if data is not None and not Path(data).is_dir():
         raise ValueError(f"The task data '{data}' is no folder; give one with data sets in it as DATA/org/name.")
     asked = [pair for name in tasks for pair in GROUPS.get(name, ((name, None),))]
-    manager = TaskManager(include_path=str(TASKS))
+    manager = _manager(TaskManager)
     unknown = [name for name, _ in asked if name not in manager.all_tasks]
     if unknown:
         raise ValueError(f"lm-eval has no task {', '.join(map(repr, unknown))}; `lm-eval ls tasks` lists them all.")
@@ -113,6 +114,12 @@ def run_benchmarks(
             libraries = {"versions": versions() | {"lm_eval": version("lm_eval")}}
             found[f"{name}, {row['shots']}-shot"] = row | about | libraries
     return found
+
+
+@functools.cache
+def _manager(kind: Any) -> Any:
+    """lm-eval's index of tasks, with ours; making it takes seconds."""
+    return kind(include_path=str(TASKS))
 
 
 @contextlib.contextmanager

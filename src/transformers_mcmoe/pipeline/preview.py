@@ -129,9 +129,13 @@ class _Clock:
         text = structure.model.config.get_text_config()
         found = (getattr(text, name, None) for name in TOP_K)
         self._top_k = next((k for k in found if isinstance(k, int)), 2)
+        self._rate, self._single = self._flops(dtype), self._flops(torch.float32)
+
+    def _flops(self, dtype: torch.dtype) -> float:
+        """Operations per second of a matrix product."""
         size = 1024
-        x = torch.randn(size, size, dtype=dtype, device=self._device)
-        self._rate = 2 * size**3 / self._time(lambda: x @ x.T)
+        x = torch.randn(size, size, device=self._device).to(dtype)
+        return 2 * size**3 / self._time(lambda: x @ x.T)
 
     def seconds(self) -> dict[str, float]:
         """By stage."""
@@ -166,17 +170,17 @@ class _Clock:
 
     def _counting(self) -> float:
         """Hessians of experts and linear layers, with the passes that reach them."""
-        flops = 0.0
+        sums = forward = 0.0
         linears = sum(self._structure.linear_weights().values()) / max(1, len(self._structure.experts))
         for path, experts in self._structure.experts.items():
             sizes = {p.role: p.in_features for p in experts.projections}
-            flops += 2 * self._tokens * self._top_k * sum(size**2 for size in sizes.values())
-            flops += 2 * self._tokens * self._top_k * self._structure.expert_weights(path)
+            sums += 2 * self._tokens * self._top_k * sum(size**2 for size in sizes.values())
+            forward += 2 * self._tokens * self._top_k * self._structure.expert_weights(path)
             passes = math.ceil(experts.num_experts * ExpertHessians.bytes_per_expert(experts) / self._limit)
-            flops += 2 * self._tokens * linears * passes
+            forward += 2 * self._tokens * linears * passes
         for path in self._structure.linears:
-            flops += self._tokens * self._structure.model.get_submodule(path).in_features ** 2
-        return flops / self._rate
+            sums += self._tokens * self._structure.model.get_submodule(path).in_features ** 2
+        return sums / self._single + forward / self._rate
 
     def _rounding(self, path: str, widths: int) -> float:
         """All experts of a module at so many widths."""
@@ -185,32 +189,53 @@ class _Clock:
         for p in experts.projections:
             rows, _ = roles.get(p.role, (0, 0))
             roles[p.role] = rows + p.out_features, p.in_features
-        return experts.num_experts * sum(self._matrix(rows, columns, widths) for rows, columns in roles.values())
+        each = (self._matrix(rows, columns, widths, experts.num_experts) for rows, columns in roles.values())
+        return experts.num_experts * sum(each)
 
     def _linears(self) -> float:
         modules = [self._structure.model.get_submodule(path) for path in self._structure.linears]
         return sum(self._matrix(module.out_features, module.in_features, 1) for module in modules)
 
-    def _matrix(self, rows: int, columns: int, widths: int) -> float:
-        """One matrix at so many widths, with its factorization."""
+    def _matrix(self, rows: int, columns: int, widths: int, count: int = 1) -> float:
+        """One matrix of `count` alike, at so many widths, with its factorization."""
         bits = self._config.expert_bits[len(self._config.expert_bits) // 2]
-        batch = max(1, min(ROWS, _PROBE_ROWS) // rows)
-        taken = min(rows, _PROBE_ROWS)
-        weight = torch.randn(batch, taken, columns)
-        size = group_size_for(columns, self._config.group_size)
+        grid = grid_of(self._config)
         if self._config.rounding == "nearest":
-            key = ("nearest", rows, columns)
-            each = self._once(key, lambda: quantize(weight[0], bits, size, grid_of(self._config)))
+            size = group_size_for(columns, self._config.group_size)
+            taken = min(rows, _PROBE_ROWS)
+            weight = torch.randn(taken, columns)
+            each = self._once(("nearest", taken, columns), lambda: quantize(weight, bits, size, grid))
             return widths * each * rows / taken
         probe = min(columns, _LARGEST)
-        hessian = torch.eye(probe, device=self._device).expand(batch, -1, -1) * 1.0
-        small = group_size_for(probe, self._config.group_size)
-        factor_time = self._once(("factor", probe), lambda: Factor.of(hessian[:1].clone(), small, damping=0.01))
-        factor = Factor.of(hessian, small, damping=0.01)
-        part = weight[..., :probe].to(self._device)
-        round_time = self._once(("gptq", rows, probe), lambda: gptq(part, factor, bits, grid_of(self._config)))
-        scale = columns / probe
-        return factor_time * scale**3 + widths * round_time / batch * rows / taken * scale
+        size = group_size_for(probe, self._config.group_size)
+        factor = Factor.of(torch.eye(probe, device=self._device)[None], size, damping=0.01)
+
+        def rounding(taken: int) -> float:
+            part = torch.randn(1, taken, probe, device=self._device)
+            return self._once(("gptq", taken, probe), lambda: gptq(part, factor, bits, grid))
+
+        # several matrices are rounded together; a call takes a time of its own, and one per row
+        together = max(1, min(count, ROWS // rows))
+        few, many = rounding(_PROBE_ROWS // 2), rounding(_PROBE_ROWS)
+        call = max(few / 2, few + (many - few) * (together * rows - _PROBE_ROWS // 2) / (_PROBE_ROWS // 2))
+        return self._factor(columns) + widths * call / together * columns / probe
+
+    def _factor(self, columns: int) -> float:
+        """One factorization; its cost grows by a power of the size between two and three."""
+        probe = min(columns, _LARGEST)
+        large, small = (
+            self._once(
+                ("factor", n),
+                lambda n=n: Factor.of(  # type: ignore[misc]
+                    torch.eye(n, device=self._device)[None],
+                    group_size_for(n, self._config.group_size),
+                    damping=0.01,
+                ),
+            )
+            for n in (probe, max(32, probe // 2))
+        )
+        power = min(3.0, max(2.0, math.log2(large / small)))
+        return large * (columns / probe) ** power
 
     def _once(self, key: Any, run: Any) -> float:
         if key not in self._known:

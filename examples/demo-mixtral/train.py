@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a small Mixtral on Python's own documentation, such as `examples/demo-mixtral`, in minutes and without a GPU.
+"""Train a small Mixtral on Python's own documentation, such as the one in this folder, in minutes and without a GPU.
 
-    python examples/train_demo_model.py --output my-mixtral      # 14 minutes; --steps 50 for a quick look
+    python examples/demo-mixtral/train.py --output my-mixtral      # 14 minutes; --steps 50 for a quick look
 
 Writes a bfloat16 checkpoint, its tokenizer and training_log.json; neither model nor tokenizer sees the held-out part.
 How far a run gets in its minutes depends on the machine.
@@ -11,14 +11,17 @@ import argparse
 import json
 import math
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from python_docs import documents, split
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from python_docs import documents, split, windows
 
 END = "<|endoftext|>"
 VOCABULARY = 4096
@@ -45,12 +48,6 @@ def train_tokenizer(docs: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(docs, trainer)
     ends = {"bos_token": END, "eos_token": END, "pad_token": END}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT, **ends)
-
-
-def windows(docs: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """[n, WINDOW] int64: the documents, each followed by the end token, cut into windows; the rest is dropped."""
-    tokens = [token for ids in tokenizer(docs)["input_ids"] for token in [*ids, tokenizer.eos_token_id]]
-    return torch.tensor(tokens[: len(tokens) // WINDOW * WINDOW]).view(-1, WINDOW)
 
 
 def new_model() -> MixtralForCausalLM:
@@ -129,7 +126,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     train_docs, held_out_docs = split(documents())
     tokenizer = train_tokenizer(train_docs)
-    data, held_out = windows(train_docs, tokenizer), windows(held_out_docs, tokenizer)
+    data, held_out = windows(tokenizer, train_docs, WINDOW), windows(tokenizer, held_out_docs, WINDOW)
     print(f"{len(train_docs)} documents, {data.numel()} tokens; held out {len(held_out_docs)}, {held_out.numel()}")
     model = new_model()
     log = train(model, data, args.steps, args.minutes)
