@@ -5,6 +5,7 @@ import gc
 import json
 import os
 
+os.environ["OMP_NUM_THREADS"] = "1"  # also in the processes that tests start: one worker per core is running
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; test_hub starts its own server in a subprocess
 
 import pytest
@@ -46,7 +47,16 @@ def table_of_models():
 
 
 # they take minutes: begun last, one of them would run alone at the end
-SLOWEST = ("test_triton.py", "test_end_to_end.py", "test_kernels.py")
+SLOWEST = (
+    "test_examples.py",
+    "test_triton.py",
+    "test_hub.py",
+    "test_end_to_end.py",
+    "test_benchmarks.py",
+    "test_kernels.py",
+    "test_fresh_process.py",
+    "test_serve.py",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -9,8 +9,7 @@ import time
 
 import pytest
 import torch
-from tiny import load_class, save_dense, tokens
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny import load_class, save_dense, save_text, save_tokenizer
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -18,20 +17,14 @@ from transformers_mcmoe import backend_info, compression_report
 from transformers_mcmoe.cli import app
 from transformers_mcmoe.routing import attached
 
-WORDS = [f"w{i}" for i in range(300)]
-
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     """A tiny checkpoint with a tokenizer, and calibration text."""
     folder = tmp_path_factory.mktemp("cli")
     save_dense("mixtral", folder / "dense")
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {word: 3 + i for i, word in enumerate(WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder / "dense")
-    ids = tokens(64, 32).flatten().tolist()
-    (folder / "text.txt").write_text(" ".join(WORDS[i % 300] for i in ids))
+    save_tokenizer(folder / "dense")
+    save_text(folder / "text.txt")
     return folder
 
 
@@ -81,12 +74,6 @@ def test_inspect(dense, tmp_path):
     dense_model = CliRunner().invoke(app, ["inspect", str(dense / "dense")])
     assert dense_model.exit_code == 1
     assert "has no mcmoe_report.json" in " ".join(dense_model.output.split())
-
-
-def test_module_is_the_command():
-    done = subprocess.run([sys.executable, "-m", "transformers_mcmoe", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert "compress" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,7 @@ import pytest
 import torch
 import typer
 import yaml
-from tiny import compressed, load_class, quick_config, save_dense, tokens
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny import compressed, load_class, quick_config, save_dense, save_text, save_tokenizer, tokens
 from typer.testing import CliRunner
 
 from transformers_mcmoe import MCMoEConfig, ODPConfig, OTPConfig, compression_report
@@ -27,7 +25,6 @@ from transformers_mcmoe.cli.options import PANELS, config_of
 from transformers_mcmoe.evaluation import load_record
 from transformers_mcmoe.integrations.card import command_line
 
-WORDS = [f"w{i}" for i in range(300)]
 CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 
@@ -36,17 +33,10 @@ def folder(tmp_path_factory):
     """A tiny dense model with a tokenizer, the packed one, and a text."""
     folder = tmp_path_factory.mktemp("commands")
     save_dense("mixtral", folder / "dense")
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {word: 3 + i for i, word in enumerate(WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", chat_template=CHAT
-    )
-    ids = tokens(64, 32).flatten().tolist()
-    (folder / "text.txt").write_text(" ".join(WORDS[i % 300] for i in ids))
+    save_text(folder / "text.txt")
     compressed(folder / "dense", quick_config(odp=True)).save_pretrained(folder / "packed")
-    wrapped.save_pretrained(folder / "dense")
-    wrapped.save_pretrained(folder / "packed")
+    for name in ("dense", "packed"):
+        save_tokenizer(folder / name, chat_template=CHAT)
     return folder
 
 
@@ -82,6 +72,7 @@ def test_every_argument_of_the_config_is_an_option():
         MCMoEConfig(odp=ODPConfig(rate=0.2, protect=0.05), rounding="nearest"),
         MCMoEConfig(otp=OTPConfig(target=0.3, steps=5)),
         MCMoEConfig(odp=True),
+        MCMoEConfig(otp=True),
     ],
     ids=lambda config: config.allocation,
 )
@@ -116,6 +107,23 @@ def test_plan_says_what_compress_does(folder, budget):
     assert all(seconds > 0 for seconds in plan["seconds"].values())
     assert plan["disk_bytes"] > 0
     assert "time" in _run("plan", folder / "dense", *options).stdout
+
+
+@pytest.mark.parametrize("options", [["--budget", "model"], ["--allocation", "bsp", "--expert-bits", "2,4"]])
+def test_a_plan_that_was_measured_gives_the_same_model(folder, tmp_path, options):
+    data = ["--bits", "3", "--dataset", folder / "text.txt", "--num-samples", "16", "--seq-len", "32", *options]
+    looked = _run("plan", folder / "dense", "--save", tmp_path / "plan.json", *data)
+    assert looked.exit_code == 0, looked.output
+    assert "measuring will move" not in looked.output
+    assert _run("compress", folder / "dense", "--output", tmp_path / "once", *data).exit_code == 0
+    again = _run("compress", folder / "dense", "--output", tmp_path / "twice", "--plan", tmp_path / "plan.json", *data)
+    assert again.exit_code == 0, again.output
+    once, twice = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("once", "twice"))
+    assert once == twice
+    report = json.loads((tmp_path / "once" / "mcmoe_report.json").read_text())
+    measured = json.loads(_run("plan", folder / "dense", "--measure", "--json", *data).stdout)
+    assert {path: e["gate_up"] for path, e in measured["plan"]["experts"].items()} == report["expert_bits"]
+    assert measured["decided"] is True
 
 
 def test_options_from_yaml(folder, tmp_path):
@@ -215,6 +223,7 @@ WRONG = [
     (["plan", "DENSE", "--dtype", "int8"], "no floating dtype"),
     (["plan", "DENSE", "--bits", "9"], "bits=9.0 is not valid"),
     (["plan", "DENSE", "--plan", "NOWHERE"], "is not a file"),
+    (["plan", "DENSE", "--save", "NOWHERE/plan.json"], "does not exist"),
     (["compress", "DENSE", "--output", "TMP/out", "--dataset", "TMP/none.txt"], "is no file"),
     (["compress", "NOWHERE/x/y", "--output", "TMP/out"], "There is no folder"),
     (["compress", "DENSE", "--output", "TEXT"], "is a file"),
@@ -345,9 +354,10 @@ def test_interrupted(folder, tmp_path):
 
 def test_shell_completion():
     words = {"_MCMOE_COMPLETE": "complete_bash", "COMP_WORDS": "mcmoe ev", "COMP_CWORD": "1"}
-    program = "import sys; sys.argv[0] = 'mcmoe'; from transformers_mcmoe.cli import app; app(prog_name='mcmoe')"
-    done = subprocess.run([sys.executable, "-c", program], env=os.environ | words, capture_output=True, text=True)
+    done = CliRunner().invoke(app, [], env=words, prog_name="mcmoe")
     assert done.stdout.split() == ["evaluate"]
+    words |= {"COMP_WORDS": "mcmoe evaluate --ref", "COMP_CWORD": "2"}
+    assert "--reference" in CliRunner().invoke(app, [], env=words, prog_name="mcmoe").stdout
 
 
 def test_a_given_plan_is_read_from_a_packed_model(folder, tmp_path):

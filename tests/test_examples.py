@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every example runs on the demo model, with little data, and shows what it is to show; push_to_hub is one of hub_scenes."""
+"""Every example runs on the demo model, with little data, and shows what it is to show.
+
+push_to_hub is tested by hub_scenes, lm_eval_tasks by test_benchmarks, demo by `make demo`.
+"""
 
 import importlib
 from pathlib import Path
 
 import pytest
-from task_data import write_paper
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -54,15 +56,6 @@ def test_prune_at_run_time():
     assert found["ODP, 20%"]["skipped"] == pytest.approx(0.2, abs=0.05)
     assert found["OTP, 20%"]["skipped"] > found["OTP, 10%"]["skipped"] > 0.03
     assert found["ODP, 20%"]["kl"] > found["ODP, 10%"]["kl"] > found["all experts"]["kl"]
-
-
-def test_lm_eval_tasks(tmp_path):
-    write_paper(tmp_path)
-    found = _run("lm_eval_tasks", ["piqa"], data=str(tmp_path), limit=2, samples=4)
-    assert set(found) == {"dense", "packed"}
-    for rows in found.values():
-        assert rows["piqa, 0-shot"]["questions"] == 2
-        assert 0 <= rows["piqa, 0-shot"]["metrics"]["acc"]["value"] <= 1
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from transformers_mcmoe import MCMoEConfig
 
 VOCABULARY = 320
+WORDS = [f"w{i}" for i in range(300)]
 _MLA = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
 _DEEPSEEK = {
     "moe_intermediate_size": 32,
@@ -226,6 +228,20 @@ def save_dense(family: str, folder: Path, **changes: Any) -> Path:
     """The checkpoint of a tiny model, in the family's published format."""
     tiny_model(family, **changes).save_pretrained(folder)
     return folder
+
+
+def save_tokenizer(folder: Path, **options: Any) -> None:
+    """A tokenizer of the words w0, w1, ... w299."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {word: 3 + i for i, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", **options)
+    wrapped.save_pretrained(folder)
+
+
+def save_text(path: Path) -> None:
+    """2,048 of its words."""
+    path.write_text(" ".join(WORDS[i % len(WORDS)] for i in tokens(64, 32).flatten().tolist()))
 
 
 def load(folder: Path, **kwargs: Any) -> Any:

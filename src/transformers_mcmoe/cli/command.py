@@ -77,7 +77,7 @@ def command(name: str, panel: str) -> Callable[[Callable[..., None]], Callable[.
             try:
                 function(*args, **kwargs)
             except KeyboardInterrupt as error:
-                say("Interrupted; nothing was left behind.")
+                say("Interrupted.")
                 raise typer.Exit(130) from error
             except (typer.Exit, typer.Abort, BrokenPipeError):
                 raise

@@ -6,23 +6,20 @@ It adds nothing to what `from_pretrained` and `save_pretrained` do but the safe 
 
 from __future__ import annotations
 
-import logging
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
-import transformers
 import typer
 
 from transformers_mcmoe.cli.command import Refused, command
 from transformers_mcmoe.cli.console import notes, progress, say, show_json, show_pairs
 from transformers_mcmoe.cli.loading import is_packed, model_class, read_config
 from transformers_mcmoe.cli.options import compression_options, config_of
+from transformers_mcmoe.integrations.hub import copy_tokenizer
 from transformers_mcmoe.progress import duration, size
 from transformers_mcmoe.report import REPORT_NAME, compression_report
 from transformers_mcmoe.workdir import FINGERPRINT, check_replaceable, recover_directory, replace_directory
-
-logger = logging.getLogger(__name__)
 
 
 @command("compress", "Compress")
@@ -88,12 +85,7 @@ def save(model: Any, source: str, output: Path) -> None:
     if new.exists():  # of an earlier run that was killed while it saved
         shutil.rmtree(new)
     model.save_pretrained(new, max_shard_size="4GB")
-    for loader in (transformers.AutoProcessor, transformers.AutoTokenizer):
-        try:
-            loader.from_pretrained(source).save_pretrained(new)
-            break
-        except Exception as error:
-            logger.debug("%s: %s", loader.__name__, error)
+    copy_tokenizer(source, new)
     replace_directory(new, output)
 
 

@@ -128,14 +128,16 @@ def _odp(options: Mapping[str, Any]) -> ODPConfig | None:
     fields = _json("odp_options", options["odp_options"])
     if options["odp_rate"] is not None:
         fields["rate"] = options["odp_rate"]
-    return _pruning(ODPConfig, "odp_options", fields) if options["odp"] or fields else None
+    asked = options["odp"] or options["odp_rate"] is not None or options["odp_options"] is not None
+    return _pruning(ODPConfig, "odp_options", fields) if asked else None
 
 
 def _otp(options: Mapping[str, Any]) -> OTPConfig | None:
     fields = _json("otp_options", options["otp_options"])
     if options["otp"] is not None:
         fields["target"] = options["otp"]
-    return _pruning(OTPConfig, "otp_options", fields) if fields else None
+    asked = options["otp"] is not None or options["otp_options"] is not None
+    return _pruning(OTPConfig, "otp_options", fields) if asked else None
 
 
 def _pruning(kind: Any, option: str, fields: dict[str, Any]) -> Any:

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shutil
+import statistics
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,11 +16,15 @@ import torch
 import typer
 
 from transformers_mcmoe.cli.command import Refused, command
-from transformers_mcmoe.cli.console import say, show_json, show_pairs, show_table
+from transformers_mcmoe.cli.console import progress, say, show_json, show_pairs, show_table
 from transformers_mcmoe.cli.loading import is_packed, model_class, read_config
 from transformers_mcmoe.cli.options import compression_options, config_of
+from transformers_mcmoe.models.stream import checkpoint_files
+from transformers_mcmoe.pipeline import allocate
 from transformers_mcmoe.pipeline.preview import Preview, preview
+from transformers_mcmoe.plan import Plan
 from transformers_mcmoe.progress import duration, size
+from transformers_mcmoe.workdir import write_whole
 
 
 @command("plan", "Compress")
@@ -27,13 +34,24 @@ def plan(
     options: dict[str, Any],
     *,
     dtype: Annotated[str, typer.Option(help="Floating dtype of what stays dense.")] = "auto",
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure", help="Run the calibration and choose every expert's width; takes the time of 'allocate'."
+        ),
+    ] = False,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the chosen widths as JSON for compress --plan. Implies --measure.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Say what compressing MODEL will give and take: bits per layer, sizes, memory, disk, time.
 
-    Takes the options of `compress`. Only the model's config is read; the time is a guess from some seconds of rounding
-    on this machine.
+    Takes the options of `compress`. Without --measure only the model's config is read; the time is a guess from some seconds of
+    rounding on this machine.
     """
+    if save is not None and not save.resolve().parent.is_dir():
+        raise Refused(f"--save '{save}' lies in a folder that does not exist; make it first.")
     found = read_config(model)
     if is_packed(found):
         raise Refused(f"'{model}' is packed already; give the dense model it was made from.")
@@ -44,10 +62,26 @@ def plan(
         built = model_class(found)
         empty = built._from_config(found, dtype=kind) if hasattr(built, "_from_config") else built.from_config(found)
     looked = preview(empty, config, dtype=kind)
+    chosen = _measured(model, empty, options, kind) if measure or save is not None else None
+    if chosen is not None:
+        layers = {path: statistics.fmean(widths.gate_up) for path, widths in chosen.experts.items()}
+        looked = dataclasses.replace(looked, layers=layers, decided=True)
+        if save is not None:
+            write_whole(save, json.dumps(chosen.to_dict(), indent=1) + "\n")
     if as_json:
-        show_json(dataclasses.asdict(looked))
+        show_json(dataclasses.asdict(looked) | {"plan": None if chosen is None else chosen.to_dict()})
         return
     _show(looked, options["work_dir"])
+    if save is not None:
+        say(f"Saved {save}; compress --plan {save} goes on from here.")
+
+
+def _measured(model: str, empty: Any, options: dict[str, Any], dtype: torch.dtype) -> Plan:
+    """The widths that calibration chooses."""
+    with tempfile.TemporaryDirectory(prefix="mcmoe-plan-") as folder, progress() as move:
+        work = options["work_dir"] or Path(folder)
+        config = config_of(options, work_dir=work, progress=move, tokenizer=options["tokenizer"] or model)
+        return allocate(empty, checkpoint_files(model), config, dtype=dtype, work_dir=work)
 
 
 def _dtype(name: str, config: Any) -> torch.dtype:
@@ -82,4 +116,4 @@ def _show(found: Preview, work_dir: Path | None) -> None:
     )
     show_table(("experts of", "average bits"), [(path, f"{bits:.3f}") for path, bits in found.layers.items()])
     if not found.decided:
-        say("One budget for the model: measuring will move bits between layers; --budget layer keeps them equal.")
+        say("One budget for the model: measuring will move bits between layers; --measure shows how.")

@@ -91,7 +91,10 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        _save_tokenizer(tokenizer, source, folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        elif not copy_tokenizer(source, folder):
+            logger.warning("No tokenizer goes with the model: '%s' has none; give tokenizer=.", source)
         record = _record_of(source, model.hf_quantizer.commit)
         if record:
             write_record(record, folder / EVALUATION_NAME)
@@ -110,17 +113,15 @@ def push_to_hub(
         )
 
 
-def _save_tokenizer(tokenizer: Any, source: str, folder: Path) -> None:
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-        return
+def copy_tokenizer(source: str, folder: Path) -> bool:
+    """Save the processor or tokenizer of a model into a folder; False if it has none that can be read."""
     for loader in (AutoProcessor, AutoTokenizer):
         try:
             loader.from_pretrained(source).save_pretrained(folder)
-            return
+            return True
         except Exception as error:
             logger.debug("%s: %s", loader.__name__, error)
-    logger.warning("No tokenizer goes with the model: '%s' has none; give tokenizer=.", source)
+    return False
 
 
 def _record_of(source: str, commit: str | None) -> dict[str, Any]:

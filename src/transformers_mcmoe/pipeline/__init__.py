@@ -14,13 +14,14 @@ from __future__ import annotations
 import copy
 import re
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from transformers_mcmoe.calibration.data import fingerprint
 from transformers_mcmoe.config import MCMoEConfig
@@ -33,7 +34,7 @@ from transformers_mcmoe.plan import Matrix, Plan
 from transformers_mcmoe.progress import Meter
 from transformers_mcmoe.workdir import WorkDir
 
-__all__ = ["OVERHEAD", "Compressed", "LayerResult", "compress", "unread_patterns"]
+__all__ = ["OVERHEAD", "Compressed", "LayerResult", "allocate", "compress", "unread_patterns"]
 
 # tokens per forward pass of a layer: activations stay small beside the weights
 BATCH_TOKENS = 2048
@@ -83,6 +84,35 @@ def compress(
     Raises:
         ValueError, NotImplementedError, OSError: one sentence each, before any weight is read where possible.
     """
+    with _prepared(model, checkpoint_files, config, dtype, work_dir) as (job, structure, calibration):
+        plan, files = job.run()
+    return Compressed(
+        plan=plan,
+        files=files,
+        replaced=job.writer.replaced,
+        matrices=structure.matrices(plan),
+        layers=job.layers,
+        fallbacks=job.fallbacks,
+        seconds=job.seconds,
+        tokens=0 if calibration is None else calibration.numel(),
+        tokens_sha256=None if calibration is None else fingerprint(calibration),
+        plan_given=config.plan is not None,
+    )
+
+
+def allocate(
+    model: Any, checkpoint_files: Sequence[str | Path], config: MCMoEConfig, *, dtype: torch.dtype, work_dir: Path
+) -> Plan:
+    """The plan that `compress` would round by, see `Job.allocate`; takes what `compress` takes."""
+    with _prepared(model, checkpoint_files, config, dtype, work_dir) as (job, _, _):
+        return job.allocate()
+
+
+@contextmanager
+def _prepared(
+    model: Any, checkpoint_files: Sequence[str | Path], config: MCMoEConfig, dtype: torch.dtype, work_dir: Path
+) -> Iterator[tuple[Job, Structure, Tensor | None]]:
+    """A job that may begin, its structure and its calibration tokens."""
     started = time.monotonic()
     device = config.device or torch.device("cpu")
     meter = Meter(config.progress)
@@ -116,19 +146,7 @@ def compress(
                 stack.enter_context(experts.in_blocks())
         job = Job(structure, runner, config, budgets, work, meter, limit)
         job.seconds["prepare"] = time.monotonic() - started
-        plan, files = job.run()
-    return Compressed(
-        plan=plan,
-        files=files,
-        replaced=job.writer.replaced,
-        matrices=structure.matrices(plan),
-        layers=job.layers,
-        fallbacks=job.fallbacks,
-        seconds=job.seconds,
-        tokens=0 if calibration is None else calibration.numel(),
-        tokens_sha256=None if calibration is None else fingerprint(calibration),
-        plan_given=config.plan is not None,
-    )
+        yield job, structure, calibration
 
 
 def unread_patterns(structure: Structure, replaced: Sequence[str]) -> set[str]:

@@ -89,6 +89,22 @@ class Job:
             self._runner.restart()
         return self._timed("quantize", lambda: self._quantize(plan))
 
+    def allocate(self) -> Plan:
+        """The plan alone: widths are chosen on dense activations, nothing is written.
+
+        With one budget for the model it is the plan that `run` rounds by; with a budget per layer `run` chooses on what the
+        compressed layers before return, which may differ.
+        """
+        config = self._config
+        if config.plan is not None:
+            return config.plan
+        if config.allocation == "bsp":
+            return self._timed("allocate", self._allocate_blocks)
+        if config.allocation == "uniform":
+            widths = {path: self._allocator.layer(path, result) for path, result in self.layers.items()}
+            return Plan(widths, self._structure.linears)
+        return self._timed("allocate", self._allocate_model)
+
     def _timed(self, stage: str, work: Callable[[], Any]) -> Any:
         self._meter.start(stage, len(self._layers()))
         started = time.monotonic()
@@ -107,10 +123,10 @@ class Job:
         """Those of the module paths that lie in decoder layer i."""
         return [path for path in paths if path.startswith(self._runner.layers[i] + ".")]
 
-    # ---- one budget for the model: a pass before the one that rounds
+    # ---- a pass before the one that rounds
 
     def _allocate_model(self) -> Plan:
-        """Costs of all layers on dense activations, then one program."""
+        """Costs of all layers on dense activations, then one program, or one per layer."""
         norms: dict[str, float] = {}
         for i in self._layers():
             with self._runner.loaded(i):
@@ -122,7 +138,10 @@ class Job:
                         self._observe(i, path, None)
                 norms |= dict.fromkeys(paths, self._runner.advance(i))
             self._meter.layer_done()
-        return Plan(self._allocator.model(self.layers, norms), self._structure.linears)
+        if self._config.budget == "model":
+            return Plan(self._allocator.model(self.layers, norms), self._structure.linears)
+        widths = {path: self._allocator.layer(path, result) for path, result in self.layers.items()}
+        return Plan(widths, self._structure.linears)
 
     def _allocate_blocks(self) -> Plan:
         """The block score: whole layers at the higher width, those first whose MoE block changes its input most."""

@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from transformers_mcmoe.calibration.hessians import ExpertHessians, Hessian, observe_linears, probe_inputs
 from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.integrations.lora.layers import LoraExperts, LoraPackedLinear
 from transformers_mcmoe.models.experts import Experts
-from transformers_mcmoe.models.stream import Checkpoint, LayerRunner, computing, open_runner
+from transformers_mcmoe.models.stream import Checkpoint, LayerRunner, checkpoint_files, computing, open_runner
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.pipeline import BATCH_TOKENS
 from transformers_mcmoe.pipeline.prepare import tokens_for
@@ -109,7 +108,7 @@ def initialize_lora(
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = _layers(base, adapter_name)
-    files = _checkpoint_files(str(dense))
+    files = checkpoint_files(str(dense))
     data = {"dataset": dataset, "tokenizer": str(dense) if tokenizer is None else tokenizer, "seed": seed}
     tokens = tokens_for(base, MCMoEConfig(num_samples=num_samples, seq_len=seq_len, **data))
     dtype = base.dtype
@@ -146,17 +145,6 @@ def _layers(base: Any, adapter: str) -> Layers:
     if merged is not None:
         raise ValueError(f"The adapter of '{merged}' is merged; call unmerge_adapter() first.")
     return found
-
-
-def _checkpoint_files(name: str) -> list[str]:
-    missing = {"_raise_exceptions_for_missing_entries": False}
-    single = cached_file(name, "model.safetensors", **missing)
-    if single is not None:
-        return [single]
-    index = cached_file(name, "model.safetensors.index.json", **missing)
-    if index is None:
-        raise ValueError(f"'{name}' has no model.safetensors; give the dense checkpoint in safetensors.")
-    return get_checkpoint_shard_files(name, index)[0]
 
 
 def _check_same(structure: Structure, layers: Layers) -> None:

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from transformers_mcmoe.memory import large_blocks_apart
 from transformers_mcmoe.models.experts import stacks_of
 from transformers_mcmoe.models.names import CheckpointNames
-from transformers_mcmoe.models.stream.checkpoint import Checkpoint, Weights
+from transformers_mcmoe.models.stream.checkpoint import Checkpoint, Weights, checkpoint_files
 from transformers_mcmoe.models.stream.loaded import LoadedRunner
 from transformers_mcmoe.models.stream.runner import LayerRunner
 from transformers_mcmoe.models.stream.streamed import LayerStream, NotStreamable
@@ -32,6 +32,7 @@ __all__ = [
     "LayerStream",
     "LoadedRunner",
     "NotStreamable",
+    "checkpoint_files",
     "computing",
     "open_runner",
 ]

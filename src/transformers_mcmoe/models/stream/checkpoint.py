@@ -16,9 +16,27 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from transformers_mcmoe.memory import return_free_memory
 from transformers_mcmoe.models.names import CheckpointNames
+
+
+def checkpoint_files(name: str) -> list[str]:
+    """The safetensors files of a model, by its folder or Hub id.
+
+    Raises:
+        ValueError: it has none.
+        OSError: there is no such model.
+    """
+    missing = {"_raise_exceptions_for_missing_entries": False}
+    single = cached_file(name, "model.safetensors", **missing)
+    if single is not None:
+        return [single]
+    index = cached_file(name, "model.safetensors.index.json", **missing)
+    if index is None:
+        raise ValueError(f"'{name}' has no model.safetensors; give the dense checkpoint in safetensors.")
+    return get_checkpoint_shard_files(name, index)[0]
 
 
 class Checkpoint:
