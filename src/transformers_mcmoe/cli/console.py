@@ -6,12 +6,13 @@ On a terminal there are bars and colours; elsewhere plain lines without control 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import Any
 
 import datasets
@@ -44,6 +45,7 @@ def quieten(debug: bool = False) -> None:
     datasets.disable_progress_bars()
     if not debug:  # every retry of a request is a warning
         hub_logging.set_verbosity_error()
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that it has not loaded itself
     if not messages.is_terminal:
         disable_progress_bars()
 
@@ -123,6 +125,13 @@ def _lines() -> Callable[[Progress], None]:
 def _detail(step: Progress) -> str:
     left = f", {duration(step.eta)} left" if step.eta is not None and step.layer < step.layers else ""
     return size(step.memory) + left
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """While open, bars that libraries draw are not shown where there is no terminal; what they log is."""
+    with nullcontext() if messages.is_terminal else redirect_stderr(io.StringIO()):
+        yield
 
 
 @contextmanager

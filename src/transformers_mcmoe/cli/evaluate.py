@@ -10,7 +10,7 @@ import typer
 
 from transformers_mcmoe.calibration.data import fingerprint, text_tokens, whole_text
 from transformers_mcmoe.cli.command import Refused, command
-from transformers_mcmoe.cli.console import counting, say, show, show_json, show_pairs, show_table
+from transformers_mcmoe.cli.console import counting, say, show, show_json, show_pairs, show_table, without_bars
 from transformers_mcmoe.cli.generate import speed_rows
 from transformers_mcmoe.cli.loading import is_packed, load_model, load_tokenizer, read_config
 from transformers_mcmoe.evaluation import (
@@ -158,7 +158,10 @@ def evaluate_command(
             needle_figure(row).png(file.with_name("mcmoe_needle.png"))
     if tasks:
         options = {"shots": shots, "limit": task_limit, "batch": batch, "data": task_data, "seed": seed}
-        keep(tasks=run_benchmarks(loaded, tokenizer, tasks.split(","), allow_code=allow_code, **options))
+        say(f"tasks: {tasks}")
+        with without_bars():
+            rows = run_benchmarks(loaded, tokenizer, tasks.split(","), allow_code=allow_code, **options)
+        keep(tasks=rows)
     if as_json:
         show_json(found)
         return
