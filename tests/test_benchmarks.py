@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from example_data import EXAMPLES, take_few_documents
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transformers_mcmoe.evaluation import run_benchmarks
 from transformers_mcmoe.evaluation.benchmarks import GROUPS
 from transformers_mcmoe.evaluation.tasks.run_programs import build_programs, estimate, pass_at_10, passes
 
-DEMO = Path(__file__).parent.parent / "examples" / "demo-mixtral"
+DEMO = EXAMPLES / "demo-mixtral"
 
 
 def test_programs():
@@ -64,7 +65,8 @@ def test_tasks_on_a_packed_model(tmp_path, monkeypatch):
         run_benchmarks(model, tokenizer, ["nothing"])
     with pytest.raises(ValueError, match="is no folder"):
         run_benchmarks(model, tokenizer, ["piqa"], data=tmp_path / "none")
-    monkeypatch.syspath_prepend(str(DEMO.parent))
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    take_few_documents(monkeypatch)
     import lm_eval_tasks
 
     before = Path.cwd()

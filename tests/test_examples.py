@@ -5,16 +5,15 @@ push_to_hub is tested by hub_scenes, lm_eval_tasks by test_benchmarks, demo by `
 """
 
 import importlib
-from pathlib import Path
 
 import pytest
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from example_data import EXAMPLES, take_few_documents
 
 
 @pytest.fixture(autouse=True)
 def _examples(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
+    take_few_documents(monkeypatch)
 
 
 def _run(name, *arguments, **options):
