@@ -40,7 +40,7 @@ def test_own_calibration_data(tmp_path):
 
 
 def test_budget_sweep(tmp_path):
-    rows = _run("budget_sweep.sweep", (1.6, 2.54), samples=16, limit=16)
+    rows = _run("budget_sweep.sweep", (1.6, 2.54), samples=8, limit=8)
     assert rows[0]["bits_per_weight"] < rows[1]["bits_per_weight"] - 0.8
     assert rows[0]["kl"] > 2 * rows[1]["kl"]
     assert rows[0]["perplexity"] > rows[1]["perplexity"] > rows[1]["dense"]
@@ -49,7 +49,7 @@ def test_budget_sweep(tmp_path):
 
 
 def test_prune_at_run_time():
-    found = _run("prune_at_run_time", samples=16, steps=4, limit=8)
+    found = _run("prune_at_run_time", samples=8, steps=2, limit=8)
     assert found["all experts"]["skipped"] == 0
     assert found["ODP, 10%"]["skipped"] == pytest.approx(0.1, abs=0.05)
     assert found["ODP, 20%"]["skipped"] == pytest.approx(0.2, abs=0.05)

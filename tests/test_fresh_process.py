@@ -54,7 +54,7 @@ def checkpoints(tmp_path_factory):
             options = dict(options)
             if "plan" in options:
                 options["plan"] = _plan(plan, options["plan"])
-            model = mixed if name == "mixed" else compressed(dense, quick_config(**options))
+            model = mixed if name == "mixed" else compressed(dense, quick_config(rounding="nearest", **options))
             target = folder / name.replace(" ", "-")
             model.save_pretrained(target)
             folders.append(target)
