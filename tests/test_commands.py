@@ -19,7 +19,7 @@ import yaml
 from tiny import compressed, load_class, quick_config, save_dense, save_text, save_tokenizer, tokens
 from typer.testing import CliRunner
 
-from transformers_mcmoe import MCMoEConfig, ODPConfig, OTPConfig, compression_report
+from transformers_mcmoe import MCMoEConfig, ODPConfig, OTPConfig, compression_report, set_expert_pruning
 from transformers_mcmoe.cli import app
 from transformers_mcmoe.cli.options import PANELS, config_of
 from transformers_mcmoe.evaluation import load_record
@@ -188,6 +188,27 @@ def test_evaluate_keeps_what_it_found(folder, tmp_path):
     expected = {"perplexity": row["perplexity"], "kl-divergence": row["kl"], "top-1-agreement": row["top1"]}
     assert metrics == pytest.approx(expected)
     assert f"{row['perplexity']:.3f}" in written
+
+
+def test_figures_of_another_state_are_not_told(folder, tmp_path, caplog):
+    """Of the dense model, or of the packed one before its pruning was changed."""
+    shutil.copytree(folder / "dense", tmp_path / "dense")
+    shutil.copytree(folder / "packed", tmp_path / "packed")
+    text = ["--text", folder / "text.txt", "--context", "64", "--limit", "2"]
+    for name in ("dense", "packed"):
+        assert _run("evaluate", tmp_path / name, *text).exit_code == 0
+        assert load_record(tmp_path / name)["text"]
+    model = load_class(tmp_path / "packed").from_pretrained(tmp_path / "packed")
+    model.save_pretrained(tmp_path / "packed")
+    assert load_record(tmp_path / "packed")["text"]  # it is the same
+    set_expert_pruning(model, False)
+    model.save_pretrained(tmp_path / "packed")
+    assert load_record(tmp_path / "packed") == {}
+    assert "is of another state" in caplog.text
+    fresh = compressed(tmp_path / "dense")
+    fresh.save_pretrained(tmp_path / "fresh")
+    shutil.copy(tmp_path / "dense" / "mcmoe_evaluation.json", tmp_path / "fresh")
+    assert load_record(tmp_path / "fresh") == {}
 
 
 def test_generate_and_bench(folder):

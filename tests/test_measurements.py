@@ -120,6 +120,8 @@ def test_record(tmp_path):
         "speed": {"new": 2},
     }
     assert [file.name for file in sorted(tmp_path.iterdir())] == ["config.json", EVALUATION_NAME]
+    other = merged(record | {"checkpoint": "a"}, {"checkpoint": "b", "text": {"c": {"kl": 3.0}}})
+    assert other == {"record_version": 1, "checkpoint": "b", "text": {"c": {"kl": 3.0}}}
     (tmp_path / EVALUATION_NAME).write_text("{")
     with pytest.raises(ValueError, match="no evaluation record"):
         load_record(tmp_path)

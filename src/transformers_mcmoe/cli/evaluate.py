@@ -24,7 +24,7 @@ from transformers_mcmoe.evaluation import (
     windows,
     write_record,
 )
-from transformers_mcmoe.evaluation.record import EVALUATION_NAME, machine, merged, read_record
+from transformers_mcmoe.evaluation.record import EVALUATION_NAME, checkpoint_mark, machine, merged, read_record
 from transformers_mcmoe.integrations.plots.compression import needle_figure
 from transformers_mcmoe.pruning import expert_pruning_stats
 from transformers_mcmoe.routing import attached
@@ -125,7 +125,7 @@ def evaluate_command(
     source = whole_text(text) if perplexity or classes or layers else None
     hay = whole_text(haystack or text) if lengths else None
     tokenizer = load_tokenizer(model)
-    before = _known(model, file)
+    before, mark = _known(model, file), checkpoint_mark(model)
     loaded = load_model(model, dtype)
     dense = load_model(reference, dtype) if reference is not None else None
     found: dict[str, Any] = {}
@@ -134,7 +134,7 @@ def evaluate_command(
         """What is measured is written at once: a later failure does not lose it."""
         found.update(sections)
         if file is not None:
-            write_record(merged(before, found), file)
+            write_record(merged(before, {"checkpoint": mark, **found}), file)
 
     if source is not None:
         tokens = text_tokens([source], tokenizer)

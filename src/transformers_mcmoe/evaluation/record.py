@@ -8,7 +8,9 @@ cards are made from it. Knows files and machines, not how anything was measured.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
+import logging
 import os
 import platform
 from collections.abc import Mapping
@@ -18,6 +20,8 @@ from typing import Any
 from transformers.utils import cached_file
 
 from transformers_mcmoe.workdir import write_whole
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_NAME = "mcmoe_evaluation.json"
 RECORD_VERSION = 1
@@ -45,12 +49,29 @@ def _processor() -> str:
 def load_record(name: str | Path, revision: str | None = None) -> dict[str, Any]:
     """What was measured of a packed model, by its folder or Hub id; {} if nothing was.
 
+    Figures of another state of the model, such as with other expert pruning, are left out with a warning.
+
     Raises:
         OSError: there is no such model.
         ValueError: the file was written by a newer release, or is damaged.
     """
     path = cached_file(str(name), EVALUATION_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
-    return {} if path is None else read_record(path)
+    record = {} if path is None else read_record(path)
+    if "checkpoint" in record and record["checkpoint"] != checkpoint_mark(name, revision):
+        logger.warning("%s of '%s' is of another state of this model; evaluate it again.", EVALUATION_NAME, name)
+        return {}
+    return record
+
+
+def checkpoint_mark(name: str | Path, revision: str | None = None) -> str | None:
+    """What tells states of a packed model apart: SHA-256 of its config's widths, options and pruning; None if it is dense.
+
+    Raises:
+        OSError: there is no such model.
+    """
+    path = cached_file(str(name), "config.json", revision=revision)
+    config = json.loads(Path(str(path)).read_text(encoding="utf-8")).get("quantization_config")
+    return None if config is None else hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -68,8 +89,12 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 
 def merged(record: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with new sections; texts and tasks are replaced by name, other sections whole."""
-    found = dict(record) | {"record_version": RECORD_VERSION}
+    """A record with new sections; texts and tasks are replaced by name, other sections whole.
+
+    Figures of another state of the model (`checkpoint`, see `checkpoint_mark`) do not stay.
+    """
+    same = record.get("checkpoint") == new.get("checkpoint", record.get("checkpoint"))
+    found = (dict(record) if same else {}) | {"record_version": RECORD_VERSION}
     for section, value in new.items():
         keep = section in ("text", "tasks") and isinstance(found.get(section), Mapping)
         found[section] = {**found[section], **value} if keep else value
