@@ -165,9 +165,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({"type": "user", "name": USER, "orgs": []})
         if path == "/api/validate-yaml":
             errors = metadata_errors(json.loads(data)["content"])
-            return (
-                self._send("; ".join(errors).encode(), 400) if errors else self._json({"errors": [], "warnings": []})
-            )
+            if errors and self.headers.get("Accept") == "text/plain":
+                return self._send("; ".join(errors).encode(), 400)
+            found = [{"message": error} for error in errors]
+            return self._json({"errors": found, "warnings": []}, 400 if errors else 200)
         if self.command != "GET" and self.command != "HEAD" and "/lfs/" not in path:
             given = self.headers.get("Authorization")
             if given != f"Bearer {TOKEN}":

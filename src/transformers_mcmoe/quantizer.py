@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +73,7 @@ class MCMoEHfQuantizer(HfQuantizer):
         self._packed: dict[str, Experts] = {}
         self._dense: list[str] = []
         self._save_directory: Path | None = None
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuses disk offload while compressing: transformers would offload the dense tensors."""
@@ -106,6 +107,7 @@ class MCMoEHfQuantizer(HfQuantizer):
         if isinstance(otp, OTPConfig) and otp.trained:
             add_routers(model, otp)
         check_tensors(model, structure, checkpoint_files)
+        self._dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
         return model
 
     def _compress(self, model: Any, checkpoint_files: list[str], dtype: torch.dtype) -> None:
@@ -130,6 +132,7 @@ class MCMoEHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         check_grids(model)
+        cast_renamed(model, self._dtypes)
         if self._result is not None:
             self.report = build_report(model, self.quantization_config, self._result)
             self.quantization_config.bits = round(average_bits(self._result.matrices), 6)
@@ -360,6 +363,18 @@ def check_tensors(model: Any, structure: Structure, files: list[str]) -> None:
 
 def _matches(pattern: str, name: str) -> bool:
     return re.search(pattern, name) is not None
+
+
+def cast_renamed(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Give parameters the dtype that the model was asked for in.
+
+    transformers 5.16 leaves those of packed checkpoints whose names it changes, such as routers, in the checkpoint's.
+    """
+    kept = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
+    for name, parameter in model.named_parameters():
+        wanted = dtypes.get(name, parameter.dtype)
+        if parameter.dtype != wanted and not parameter.is_meta and not any(part in name for part in kept):
+            parameter.data = parameter.data.to(wanted)
 
 
 def check_grids(model: Any) -> None:
