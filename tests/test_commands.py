@@ -109,7 +109,9 @@ def test_plan_says_what_compress_does(folder, budget):
     assert "time" in _run("plan", folder / "dense", *options).stdout
 
 
-@pytest.mark.parametrize("options", [["--budget", "model"], ["--allocation", "bsp", "--expert-bits", "2,4"]])
+@pytest.mark.parametrize(
+    "options", [["--budget", "model"], ["--allocation", "bsp", "--expert-bits", "2,4", "--rounding", "nearest"]]
+)
 def test_a_plan_that_was_measured_gives_the_same_model(folder, tmp_path, options):
     data = ["--bits", "3", "--dataset", folder / "text.txt", "--num-samples", "16", "--seq-len", "32", *options]
     looked = _run("plan", folder / "dense", "--save", tmp_path / "plan.json", *data)
