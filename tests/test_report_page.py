@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from page_data import report_and_record
 
-from transformers_mcmoe.integrations.plots.compression import layer_correlations, rank_correlation
+from transformers_mcmoe.integrations.plots.comparison import layer_correlations, rank_correlation
 from transformers_mcmoe.integrations.plots.drawing import INK, LINE, QUIET
 from transformers_mcmoe.report.page import Run, write_page
 

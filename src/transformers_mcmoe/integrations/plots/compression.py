@@ -18,7 +18,7 @@ from transformers_mcmoe.integrations.plots.drawing import INK, LINE, QUIET, SEQU
 
 Report = Mapping[str, Any]
 Table = list[list[float]]  # [layers][experts]; nan where there is nothing
-_NAN = float("nan")
+NAN = float("nan")
 
 
 def report_figures(report: Report, record: Report) -> list[Figure]:
@@ -40,7 +40,7 @@ def frequencies(report: Report) -> Table:
 def routing_weights(report: Report) -> Table:
     """Mean routing weight of every expert over the tokens routed to it."""
     return [
-        [weight / count if count else _NAN for weight, count in zip(row["routing_weight"], row["tokens"], strict=True)]
+        [weight / count if count else NAN for weight, count in zip(row["routing_weight"], row["tokens"], strict=True)]
         for row in report["coverage"].values()
     ]
 
@@ -55,7 +55,7 @@ def chosen_errors(report: Report) -> Table:
     table = []
     for path, digits in report["expert_bits"].items():
         errors = report["errors"].get(path, {})
-        table.append([errors[d][e] if d in errors and e < len(errors[d]) else _NAN for e, d in enumerate(digits)])
+        table.append([errors[d][e] if d in errors and e < len(errors[d]) else NAN for e, d in enumerate(digits)])
     return table if any(not math.isnan(value) for row in table for value in row) else []
 
 
@@ -92,84 +92,17 @@ def _heat_maps(report: Report) -> list[Figure]:
     )
     for name, title, table, caption, kind in maps:
         if table:
-            draw = functools.partial(_heat_map, [table], [""], kind)
-            found.append(Figure(name, title, caption, draw, *_heights(table)))
+            draw = functools.partial(heat_map, [table], [""], kind)
+            found.append(Figure(name, title, caption, draw, *heights(table)))
     return found
 
 
-def _heights(table: Table) -> tuple[float, float]:
+def heights(table: Table) -> tuple[float, float]:
     experts = max(map(len, table))
     return min(7.0, 1.6 + 0.16 * experts), min(6.0, 1.8 + 0.14 * experts)
 
 
-def comparison_figures(a: Report, b: Report, names: tuple[str, str]) -> list[Figure]:
-    """Two compressions of one model beside each other, such as with two calibration sets.
-
-    Raises:
-        ValueError: they are of models with other layers or experts.
-    """
-    if {p: len(d) for p, d in a["expert_bits"].items()} != {p: len(d) for p, d in b["expert_bits"].items()}:
-        raise ValueError(
-            f"'{names[0]}' and '{names[1]}' are of models with different experts; compare runs of one model."
-        )
-    found = []
-    pairs = (
-        ("frequency", "Use of experts", frequencies, "percent"),
-        ("weight", "Routing weight", routing_weights, "number"),
-        ("error", "Error at the chosen width", chosen_errors, "log"),
-        ("bits", "Bits", chosen_bits, "bits"),
-    )
-    for name, title, read, kind in pairs:
-        tables = [read(a), read(b)]
-        if not all(tables):
-            continue
-        rank = rank_correlation(*tables)
-        told = "undefined (one of them is constant)" if rank is None else f"{rank:.3f}"
-        draw = functools.partial(_heat_map, tables, list(names), kind)
-        wide, narrow = _heights(tables[0])
-        caption = f"Spearman rank correlation over all experts: {told}."
-        found.append(Figure(f"compare-{name}", title, caption, draw, wide, 2 * narrow))
-    correlations = layer_correlations(a, b)
-    if correlations:
-        draw = functools.partial(_correlations, correlations)
-        caption = "Spearman rank correlation of the experts' use between the two runs, layer by layer."
-        found.append(Figure("compare-layers", "Do both runs rank experts alike?", caption, draw, 2.4))
-    return found
-
-
-def rank_correlation(a: Table, b: Table) -> float | None:
-    """Spearman's rank correlation over the experts of all layers; None if a table is constant."""
-    x, y = (np.asarray([value for row in table for value in row]) for table in (a, b))
-    known = ~(np.isnan(x) | np.isnan(y))
-    x, y = _ranks(x[known]), _ranks(y[known])
-    if len(x) < 2 or x.std() == 0 or y.std() == 0:
-        return None
-    return float(np.corrcoef(x, y)[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks, equal values share their mean."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts - 1) / 2)[inverse]
-
-
-def layer_correlations(a: Report, b: Report) -> list[float]:
-    """Rank correlation of use, per layer."""
-    rows = zip(frequencies(a), frequencies(b), strict=True)
-    found = [rank_correlation([x], [y]) for x, y in rows]
-    return [_NAN if value is None else value for value in found]
-
-
-def _correlations(values: Sequence[float], figure: Any, narrow: bool) -> None:
-    axes = figure.subplots()
-    axes.bar(range(len(values)), values, color=SERIES[0])
-    axes.axhline(0, color=LINE, linewidth=0.8)
-    axes.set(xlabel="MoE layer", ylabel="rank correlation", ylim=(min(0, np.nanmin(values)) - 0.02, 1.02))
-    _whole_numbers(axes)
-
-
-def _heat_map(tables: Sequence[Table], titles: Sequence[str], kind: str, figure: Any, narrow: bool) -> None:
+def heat_map(tables: Sequence[Table], titles: Sequence[str], kind: str, figure: Any, narrow: bool) -> None:
     from matplotlib.colors import BoundaryNorm, LogNorm, Normalize
 
     stacked = narrow and len(tables) > 1
@@ -189,7 +122,7 @@ def _heat_map(tables: Sequence[Table], titles: Sequence[str], kind: str, figure:
         norm = BoundaryNorm(edges, 256)
     for axes, table, title in zip(grid, tables, titles, strict=True):
         experts = max(map(len, table))
-        shown = np.full((experts, len(table)), _NAN)
+        shown = np.full((experts, len(table)), NAN)
         for layer, row in enumerate(table):
             shown[: len(row), layer] = row
         axes.set_facecolor(LINE)
@@ -197,7 +130,7 @@ def _heat_map(tables: Sequence[Table], titles: Sequence[str], kind: str, figure:
         axes.set(xlabel="MoE layer", title=title)
         if axes is grid[0] or stacked:
             axes.set_ylabel("expert")
-        _whole_numbers(axes, both=True)
+        whole_numbers(axes, both=True)
     options: dict[str, Any] = {"pad": 0.02, "fraction": 0.06, "aspect": 25}
     if ticks is not None:
         options["ticks"] = ticks
@@ -210,7 +143,7 @@ def _heat_map(tables: Sequence[Table], titles: Sequence[str], kind: str, figure:
         bar.ax.minorticks_off()
 
 
-def _whole_numbers(axes: Any, both: bool = False) -> None:
+def whole_numbers(axes: Any, both: bool = False) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for axis in (axes.xaxis, axes.yaxis) if both else (axes.xaxis,):
@@ -236,7 +169,7 @@ def _draw_coverage(report: Report, figure: Any, narrow: bool) -> None:
     axes.set_yscale("symlog", linthresh=10)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set(xlabel="MoE layer", ylabel="tokens of an expert", ylim=(0, None))
-    _whole_numbers(axes)
+    whole_numbers(axes)
     _legend(figure, axes)
 
 
@@ -265,7 +198,7 @@ def _draw_buildup(found: Mapping[str, Any], figure: Any, narrow: bool) -> None:
     alone = [layer["alone"]["relative_error"] for layer in layers]
     axes.plot(range(1, len(alone) + 1), alone, marker=".", label="layer alone", color=SERIES[1])
     axes.set(xlabel="decoder layers passed", ylabel="relative error", ylim=(0, None))
-    _whole_numbers(axes)
+    whole_numbers(axes)
     _legend(figure, axes)
 
 
@@ -314,7 +247,7 @@ def _draw_pruning(phases: Mapping[str, Sequence[float]], figure: Any, narrow: bo
         percents = [100 * (share or 0) for share in shares]
         axes.plot(percents, marker=".", label=names.get(name, name), color=SERIES[index])
     axes.set(xlabel="MoE layer", ylabel="skipped, %", ylim=(0, None))
-    _whole_numbers(axes)
+    whole_numbers(axes)
     _legend(figure, axes)
 
 
