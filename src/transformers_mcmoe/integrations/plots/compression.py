@@ -98,11 +98,13 @@ def _heat_maps(report: Report) -> list[Figure]:
 
 
 def heights(table: Table) -> tuple[float, float]:
+    """Inches of a heat map, wide and narrow."""
     experts = max(map(len, table))
     return min(7.0, 1.6 + 0.16 * experts), min(6.0, 1.8 + 0.14 * experts)
 
 
 def heat_map(tables: Sequence[Table], titles: Sequence[str], kind: str, figure: Any, narrow: bool) -> None:
+    """Draw tables beside each other, or below each other where it is narrow, with one scale; `kind` says how that is read."""
     from matplotlib.colors import BoundaryNorm, LogNorm, Normalize
 
     stacked = narrow and len(tables) > 1
@@ -144,6 +146,7 @@ def heat_map(tables: Sequence[Table], titles: Sequence[str], kind: str, figure: 
 
 
 def whole_numbers(axes: Any, both: bool = False) -> None:
+    """Label layers, and with `both` experts, by whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     for axis in (axes.xaxis, axes.yaxis) if both else (axes.xaxis,):
