@@ -22,7 +22,7 @@ import pytest
 import torch
 import yaml
 from example_data import EXAMPLES, take_few_documents
-from tiny import compressed, save_dense, tokens
+from tiny import compressed, save_dense, save_text, save_tokenizer, tokens
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -188,6 +188,24 @@ def test_a_card_of_the_users_own_stays(tmp_path, hub, packed):
     assert done.exit_code == 0, done.stderr
     assert hub.files("tester/mine")["README.md"].decode().endswith("Mine.\n")
     assert Path(packed / "README.md").exists() is False
+
+
+def test_no_folder_of_this_machine_and_no_old_figures_get_out(tmp_path, hub):
+    save_dense("mixtral", tmp_path / "dense")
+    save_tokenizer(tmp_path / "dense")
+    save_text(tmp_path / "text.txt")
+    options = ["--bits", "3", "--dataset", tmp_path / "text.txt", "--num-samples", "8", "--seq-len", "32"]
+    command = ["compress", tmp_path / "dense", "--output", tmp_path / "out", *options, "--rounding", "nearest"]
+    assert CliRunner().invoke(app, [str(word) for word in command]).exit_code == 0
+    (tmp_path / "out" / "mcmoe_evaluation.json").write_text(
+        '{"record_version": 1, "checkpoint": "another", "text": {}}'
+    )
+    assert _push(tmp_path / "out", "tester/shared").exit_code == 0
+    files = hub.files("tester/shared")
+    assert "mcmoe_evaluation.json" not in files
+    assert [name for name, content in files.items() if str(tmp_path).encode() in content] == []
+    assert json.loads(files["config.json"])["quantization_config"]["dataset"] == "text.txt"
+    assert "--dataset text.txt" in files["README.md"].decode()
 
 
 def test_the_example(hub, monkeypatch):

@@ -24,7 +24,14 @@ from transformers_mcmoe.evaluation import (
     windows,
     write_record,
 )
-from transformers_mcmoe.evaluation.record import EVALUATION_NAME, checkpoint_mark, machine, merged, read_record
+from transformers_mcmoe.evaluation.record import (
+    EVALUATION_NAME,
+    NEEDLE_NAME,
+    checkpoint_mark,
+    machine,
+    merged,
+    read_record,
+)
 from transformers_mcmoe.integrations.plots.compression import needle_figure
 from transformers_mcmoe.pruning import expert_pruning_stats
 from transformers_mcmoe.routing import attached
@@ -155,7 +162,7 @@ def evaluate_command(
             row = find_needles(loaded, tokenizer, hay, **cells, progress=lambda done, total: count())
         keep(needle=row | {"text": _name_of(haystack or text), "machine": machine()})
         if file is not None:
-            needle_figure(row).png(file.with_name("mcmoe_needle.png"))
+            needle_figure(row).png(file.with_name(NEEDLE_NAME))
     if tasks:
         options = {"shots": shots, "limit": task_limit, "batch": batch, "data": task_data, "seed": seed}
         say(f"tasks: {tasks}")

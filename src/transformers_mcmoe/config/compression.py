@@ -278,10 +278,10 @@ class MCMoEConfig(QuantizationConfigMixin):
         data["plan"] = self.plan.to_dict() if self.plan is not None else None
         data["odp"] = self.odp.to_dict() if isinstance(self.odp, ODPConfig) else None
         data["otp"] = self.otp.to_dict() if isinstance(self.otp, OTPConfig) else None
-        # texts and token ids given in memory are not stored
+        # texts and token ids given in memory are not stored, and of a file its name: folders are this machine's own
         data["dataset"] = self.dataset if isinstance(self.dataset, str | dict) else None
-        if isinstance(self.dataset, Path):
-            data["dataset"] = str(self.dataset)
+        if isinstance(self.dataset, Path) or (isinstance(self.dataset, str) and _is_file(self.dataset)):
+            data["dataset"] = Path(self.dataset).name
         return data
 
     def get_loading_attributes(self) -> dict[str, Any]:
@@ -320,6 +320,13 @@ class MCMoEConfig(QuantizationConfigMixin):
         return super().from_dict(
             {key: value for key, value in data.items() if key in known}, return_unused_kwargs, **kwargs
         )
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # a text instead of a name is too long for one; it is refused where it is read
+        return False
 
 
 def _check(ok: bool, name: str, value: Any, expected: str) -> None:

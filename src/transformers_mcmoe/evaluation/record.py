@@ -24,6 +24,7 @@ from transformers_mcmoe.workdir import write_whole
 logger = logging.getLogger(__name__)
 
 EVALUATION_NAME = "mcmoe_evaluation.json"
+NEEDLE_NAME = "mcmoe_needle.png"
 RECORD_VERSION = 1
 
 

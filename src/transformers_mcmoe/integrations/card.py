@@ -115,6 +115,7 @@ def build_card(
         parts=_parts(report),
         experts=_experts(report),
         license=facts.get("license"),
+        mixed=any(len(set(widths)) > 1 for widths in report["expert_bits"].values()),
         command=command_line(report, base_model or model_name(report), repo_id.rpartition("/")[2]),
         source=source,
         figures=figures or {},
@@ -225,8 +226,7 @@ def _dataset(report: Mapping[str, Any]) -> list[str]:
     if isinstance(given, Mapping):
         return ["--dataset", json.dumps(given)]
     if isinstance(given, str):
-        # of a file its name only: folders are those of the machine it was made on
-        return ["--dataset", Path(given).name if source is None or Path(given).name == source else given]
+        return ["--dataset", given]
     return ["--dataset", "TEXTS_GIVEN_IN_MEMORY"] if source == "given in memory" else []
 
 

@@ -31,7 +31,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoProcessor, AutoTokenizer
 
-from transformers_mcmoe.evaluation.record import EVALUATION_NAME, load_record, write_record
+from transformers_mcmoe.evaluation.record import EVALUATION_NAME, NEEDLE_NAME, load_record, write_record
 from transformers_mcmoe.integrations.card import FIGURES, MARK, build_card, inherited
 from transformers_mcmoe.report.building import REPORT_NAME, load_report
 
@@ -169,6 +169,9 @@ def push_folder(
         if revision is not None and not create_pr:
             _hub(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id)
         files = {path.relative_to(root).as_posix(): path for root in (folder, made) for path in _files(root)}
+        if not load_record(folder):  # figures of another state of the model stay here
+            for name in (EVALUATION_NAME, NEEDLE_NAME):
+                files.pop(name, None)
         _check_card(files["README.md"])
 
         def commit() -> CommitInfo:
