@@ -74,6 +74,8 @@ def library() -> ctypes.CDLL | None:
         *routing, pointer, pointer, integer, integer, ctypes.c_float, pointer, integer, integer
     ]  # fmt: skip
     loaded.mcmoe_skip_below.argtypes = [*routing, pointer, pointer, integer]
+    loaded.mcmoe_round_columns.argtypes = [*[pointer] * 7, integer]
+    loaded.mcmoe_descend_columns.argtypes = [*[pointer] * 4, integer, integer]
     if loaded.mcmoe_select(wanted.encode()) is None:
         names = loaded.mcmoe_available().decode().split()
         raise ValueError(f"MCMOE_ISA is {wanted!r}, which cannot run here; choose one of {names} or 'reference'.")
@@ -205,6 +207,49 @@ def moe_mlp(
         DTYPES[x.dtype], tokens, index.data_ptr(), weights.data_ptr(), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def round_columns(values: Tensor, feedback: Tensor, diagonal: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Round the columns of groups one by one with feedback, as `quantization.columns.round_columns` defines it.
+
+    Args:
+        values: [B, G, out] float32 on CPU, in units of codes.
+        feedback: [B, G, G] float32, row k holds what errors of columns j < k add to column k.
+        diagonal: [B, G] float32, what a squared residual of a column costs.
+        bits: code width.
+
+    Returns:
+        Codes and errors [B, G, out], loss [B, out].
+    """
+    values, feedback, diagonal = values.contiguous(), feedback.contiguous(), diagonal.contiguous()
+    batch, columns, rows = values.shape
+    codes, errors, loss = torch.empty_like(values), torch.empty_like(values), values.new_empty(batch, rows)
+    tensors = (values, feedback, diagonal, codes, errors, loss)
+    sizes = (ctypes.c_int * 4)(batch, columns, rows, bits)
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    loaded = library()
+    assert loaded is not None
+    loaded.mcmoe_round_columns(sizes, *pointers, torch.get_num_threads())
+    return codes, errors, loss
+
+
+def descend_columns(metric: Tensor, codes: Tensor, gradients: Tensor, bits: int, sweeps: int) -> None:
+    """Coordinate descent over the codes of groups, as `quantization.columns.descend_columns` defines it.
+
+    Args:
+        metric: [B, G, G] float32 on CPU.
+        codes: [B, G, out] float32, contiguous, changed in place.
+        gradients: [B, G, out] float32, contiguous, metric @ errors in units of codes; changed in place.
+        bits: code width.
+        sweeps: rounds over the columns.
+    """
+    metric = metric.contiguous()
+    batch, columns, rows = codes.shape
+    sizes = (ctypes.c_int * 4)(batch, columns, rows, bits)
+    pointers = [tensor.data_ptr() for tensor in (metric, codes, gradients)]
+    loaded = library()
+    assert loaded is not None
+    loaded.mcmoe_descend_columns(sizes, *pointers, sweeps, torch.get_num_threads())
 
 
 @dataclass

@@ -16,25 +16,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from transformers_mcmoe.quantization.grid import (
-    CHUNK,
-    Grid,
-    Quantized,
-    check_finite,
-    fit,
-    num_groups,
-    round_codes,
-    to_fp16,
-)
+from transformers_mcmoe.quantization.columns import round_columns
+from transformers_mcmoe.quantization.descent import descend, refit
+from transformers_mcmoe.quantization.grid import CHUNK, Grid, Quantized, check_finite, fit
 
 logger = logging.getLogger(__name__)
 
 DAMPING = 0.01
 # rounds of fitting a group's grid to its codes in the Hessian's metric
 REFITS = 2
-# columns rounded before their errors are spread to the rest of the group by one matrix product
-PANEL = 32
+# weights whose copies (targets, codes, errors) are held at once
+AT_ONCE = 1 << 25
 _RETRIES = 6
 
 
@@ -141,12 +135,14 @@ def gptq(
     bits: int,
     grid: Grid = Grid(),  # noqa: B008  frozen
     refits: int = REFITS,
+    sweeps: int = 0,
 ) -> Quantized:
     """Round a batch of matrices of one shape under their Hessians.
 
     Group by group: errors of earlier groups are fed in by one matrix product, the grid is fitted to the updated
     weights, columns are rounded with feedback; then scale and zero are solved for, given the codes, by least squares in
-    the Hessian's metric, and columns rounded again, where that lowers the row's error.
+    the Hessian's metric, and columns rounded again, where that lowers the row's error. `sweeps` of coordinate descent
+    over all columns may follow (`descent`).
 
     Args:
         weight: [B, out, in] any float dtype.
@@ -154,6 +150,7 @@ def gptq(
         bits: 1, 2, 3, 4 or 8.
         grid: how grids are chosen.
         refits: rounds of refitting grids to codes; with 0 and an identity Hessian the result is `grid.quantize`'s.
+        sweeps: of coordinate descent.
 
     Returns:
         `Quantized` with the batch in its rows, [B * out, ...].
@@ -164,31 +161,44 @@ def gptq(
     check_finite(weight)
     batch, rows, columns = weight.shape
     size = factor.group_size
-    groups = num_groups(columns, size)
+    part = max(1, AT_ONCE // (batch * columns))
+    done = [_round_rows(weight[:, start : start + part], factor, bits, grid, refits, sweeps)
+            for start in range(0, rows, part)]  # fmt: skip
+    codes, scale, zero = (torch.cat(parts, dim=1) for parts in zip(*done, strict=True))
+    codes = functional.pad(codes, (0, -columns % size)).unflatten(-1, (-1, size))
+    return Quantized(codes.flatten(0, 1), scale.flatten(0, 1), zero.flatten(0, 1), bits, columns)
+
+
+def _round_rows(
+    weight: Tensor, factor: Factor, bits: int, grid: Grid, refits: int, sweeps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [B, out, in] uint8, scale and zero [B, out, n] of some rows of the matrices."""
+    batch, rows, columns = weight.shape
+    size = factor.group_size
+    groups = [slice(start, min(start + size, columns)) for start in range(0, columns, size)]
     # [B, in, out]: a column lies in one piece; columns turn from weights into errors as they are rounded
     work = weight.to(torch.float32).transpose(1, 2)
     work = work.contiguous() if factor.order is None else _take(work, factor.order)
-    codes = torch.zeros(batch, rows, groups, size, dtype=torch.uint8, device=weight.device)
-    scale = torch.empty(batch, rows, groups, device=weight.device)
-    zero = torch.empty(batch, rows, groups, device=weight.device)
-    for g in range(groups):
-        start, stop = g * size, min((g + 1) * size, columns)
-        group = _Group(factor, start, stop)
+    codes = torch.empty_like(work)
+    scale, zero = (work.new_empty(len(groups), batch, rows) for _ in range(2))
+    for g, columns_of in enumerate(groups):
+        group = _Group(factor, columns_of.start, columns_of.stop)
         target = group.target(work)
-        chosen, error, s, z = _round_group(target, group, bits, grid, refits)
+        codes[:, columns_of], error, scale[g], zero[g] = _round_group(target, group, bits, grid, refits)
         # errors are those of the original weights: target - error is what was stored
-        work[:, start:stop] -= target.sub_(error)
-        place = torch.full((batch,), g, device=weight.device)
-        within = None
-        if factor.order is not None:
-            place = factor.order[:, start] // size
-            within = factor.order[:, start:stop] - place.unsqueeze(1) * size
-        for b in range(batch):
-            at = int(place[b])
-            columns_of = slice(0, stop - start) if within is None else within[b]
-            codes[b, :, at, columns_of] = chosen[b].T.to(torch.uint8)
-            scale[b, :, at], zero[b, :, at] = s[b], z[b]
-    return Quantized(codes.flatten(0, 1), scale.flatten(0, 1), zero.flatten(0, 1), bits, columns)
+        work[:, columns_of] -= target.sub_(error)
+    if sweeps:
+        descend(work, codes, scale, zero, factor.unit, factor.diagonal, groups, bits, grid, sweeps)
+    del work
+    scale, zero = scale.permute(1, 2, 0), zero.permute(1, 2, 0)
+    if factor.order is None:
+        return codes.transpose(1, 2).to(torch.uint8), scale, zero
+    # every group keeps its columns, so the place of a group follows from its first column
+    place = (factor.order[:, ::size] // size).unsqueeze(1).expand_as(scale)
+    order = factor.order.unsqueeze(1).expand(batch, rows, columns)
+    stored = torch.empty(batch, rows, columns, dtype=torch.uint8, device=codes.device)
+    stored.scatter_(2, order, codes.transpose(1, 2).to(torch.uint8))
+    return stored, torch.empty_like(scale).scatter_(2, place, scale), torch.empty_like(zero).scatter_(2, place, zero)
 
 
 def _take(work: Tensor, order: Tensor) -> Tensor:
@@ -224,22 +234,11 @@ class _Group:
         # in units of codes: scale and zero belong to rows, and feedback is linear in columns
         inverse = torch.where(scale > 0, scale.reciprocal(), 0.0).unsqueeze(1)
         values = torch.addcmul(zero.unsqueeze(1), target, inverse)
-        codes, errors, residuals = (torch.empty_like(target) for _ in range(3))
-        for start in range(0, target.shape[1], PANEL):
-            stop = min(start + PANEL, target.shape[1])
-            panel = values[:, start:stop]
-            if start:
-                panel = torch.baddbmm(panel, self.unit[:, :start, start:stop].transpose(1, 2), errors[:, :start])
-            for k in range(start, stop):
-                value = panel[:, k - start : k - start + 1]
-                if k > start:
-                    value = torch.baddbmm(value, self.unit[:, start:k, k : k + 1].transpose(1, 2), errors[:, start:k])
-                code = codes[:, k : k + 1]
-                round_codes(code.copy_(value), bits)
-                torch.sub(value, code, out=residuals[:, k : k + 1])
-                torch.sub(values[:, k : k + 1], code, out=errors[:, k : k + 1])
-        loss = residuals.square_().mul_(self.diagonal).sum(1).mul_(scale.square())
-        errors = target - (codes - zero.unsqueeze(1)).mul_(scale.unsqueeze(1))
+        codes, errors, loss = round_columns(values, self.unit, self.diagonal.squeeze(-1), bits)
+        loss.mul_(scale.square())
+        errors = torch.sub(
+            target, torch.sub(codes, zero.unsqueeze(1), out=errors).mul_(scale.unsqueeze(1)), out=errors
+        )
         if bool((scale == 0).any()):  # such rows are rebuilt as zeros
             loss = torch.where(scale > 0, loss, self._loss(errors))
         return codes, errors, loss
@@ -254,8 +253,9 @@ def _round_group(
     """Codes and errors [B, G, out], scale and zero [B, out] of one group."""
     scale, zero = _fit_columns(target, bits, grid)
     codes, errors, loss = group.round(target, scale, zero, bits)
+    pull = group.metric @ target
     for _ in range(refits):
-        new_scale, new_zero = _refit(target, codes, scale, zero, group.metric, bits, grid)
+        new_scale, new_zero = refit(codes, pull, scale, zero, group.metric, bits, grid)
         new_codes, new_errors, new_loss = group.round(target, new_scale, new_zero, bits)
         better = new_loss < loss
         loss, scale = torch.where(better, new_loss, loss), torch.where(better, new_scale, scale)
@@ -273,33 +273,3 @@ def _fit_columns(target: Tensor, bits: int, grid: Grid) -> tuple[Tensor, Tensor]
         for start in range(0, rows, part)
     ]
     return torch.cat([scale for scale, _ in fitted], dim=1), torch.cat([zero for _, zero in fitted], dim=1)
-
-
-def _refit(
-    target: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, metric: Tensor, bits: int, grid: Grid
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero [B, out] that rebuild `target` best from `codes`, both [B, G, out], in the metric [B, G, G].
-
-    w' = a * codes - b is linear in a = scale and b = scale * zero; rows whose codes are all equal keep their grid.
-    """
-    weighted = metric @ codes
-    ones = metric.sum(-1, keepdim=True)
-    cc, c1 = (weighted * codes).sum(1), weighted.sum(1)
-    ct, t1, total = (weighted * target).sum(1), (ones * target).sum(1), ones.sum(1)
-    determinant = cc * total - c1.square()
-    sound = determinant > 1e-6 * cc * total
-    a = torch.where(sound, (ct * total - t1 * c1) / determinant, scale)
-    b = torch.where(sound, (ct * c1 - cc * t1) / determinant, scale * zero)
-    fixed = grid.symmetric or grid.integer_zeros
-    if fixed:
-        if not grid.symmetric and bits > 1:
-            zero = torch.where(sound & (a > 0), (b / a).round_().clamp_(0, 2**bits - 1), zero)
-        # the best scale under a fixed zero
-        a = (ct - zero * t1) / (cc - 2 * zero * c1 + zero.square() * total)
-        sound = sound & torch.isfinite(a)
-    new = to_fp16(a)
-    sound &= new > 0
-    new = torch.where(sound, new, scale)
-    if fixed:
-        return new, zero
-    return new, torch.where(sound, to_fp16(b / new), zero)

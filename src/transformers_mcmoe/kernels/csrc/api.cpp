@@ -7,6 +7,7 @@
 #include "drive.h"
 #include "moe.h"
 #include "pruning.h"
+#include "rounding.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -191,4 +192,15 @@ MCMOE_API void mcmoe_keep_prefixes(const int* sizes, int64_t none, void* const* 
 MCMOE_API void mcmoe_skip_below(const int* sizes, int64_t none, void* const* tensors, const float* levels,
                                 const uint8_t* whole, int threads) {
   skip_below(routing(sizes, none, tensors), levels, whole, threads);
+}
+
+// Columns of a batch of groups (rounding.h). sizes: batch, columns, rows, bits.
+MCMOE_API void mcmoe_round_columns(const int* sizes, const float* values, const float* feedback, const float* diagonal,
+                                   float* codes, float* errors, float* loss, int threads) {
+  round_columns({sizes[0], sizes[1], sizes[2], sizes[3]}, values, feedback, diagonal, codes, errors, loss, threads);
+}
+
+MCMOE_API void mcmoe_descend_columns(const int* sizes, const float* metric, float* codes, float* gradients, int sweeps,
+                                     int threads) {
+  descend_columns({sizes[0], sizes[1], sizes[2], sizes[3]}, metric, codes, gradients, sweeps, threads);
 }

@@ -7,6 +7,7 @@
 #pragma once
 #include <string.h>
 
+#include "columns.h"
 #include "kernels.h"
 
 #define MCMOE_INLINE inline __attribute__((always_inline))
@@ -457,6 +458,8 @@ const Kernels* table(const Kernels* base = nullptr) {
     });
     constexpr Prepare PREPARE[] = {prepare_int8, prepare_bf16, prepare_fp32, prepare_int24};
     ((k.prepare[M] = PREPARE[M]), ...);
+    k.round_columns = round_columns_of;
+    k.descend_columns = descend_columns_of;
     return k;
   }();
   return &kernels;

@@ -35,9 +35,18 @@ using Dot = void (*)(const uint8_t* records, int groups, int units, const int32_
 // Activations of one group of one token, `size` values at x, as the kernel reads them; dword d goes to q[d * stride].
 using Prepare = void (*)(const float* x, int size, int32_t* q, int stride, float* xs, float* xz);
 
+// Columns of a block of COLUMN_LANES rows, [columns][COLUMN_LANES] in units of codes; `codes` holds values before they are
+// rounded (columns.h).
+constexpr int COLUMN_LANES = 64;
+using RoundColumns = void (*)(float* codes, float* errors, const float* feedback, const float* diagonal, int columns,
+                              int bits, float* loss);
+using DescendColumns = void (*)(float* codes, float* gradients, const float* metric, int columns, int bits, int sweeps);
+
 struct Kernels {
   Dot dot[MODES][NUM_WIDTHS][NUM_TILES];  // null where the instruction set lacks a mode
   Prepare prepare[MODES];
+  RoundColumns round_columns;
+  DescendColumns descend_columns;
 };
 
 // Dwords of prepared activations per unit.

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// Cuts a batch of groups into blocks of rows, which threads take; a block lies in a core's cache while it is rounded.
+#include "rounding.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "drive.h"
+#include "parallel.h"
+
+namespace mcmoe {
+namespace {
+
+// Calls f(member of the batch, first row, rows, blocks of floats) for every block of rows.
+template <class F>
+void each_block(const Columns& c, int threads, F f) {
+  const int blocks = (c.rows + COLUMN_LANES - 1) / COLUMN_LANES;
+  Team::run(std::max(1, std::min(threads, c.batch * blocks)), [&](Team& team) {
+    std::vector<float> memory(2 * static_cast<size_t>(c.columns) * COLUMN_LANES);
+    for (int n; (n = team.next(c.batch * blocks)) < c.batch * blocks;) {
+      const int first = n % blocks * COLUMN_LANES;
+      f(n / blocks, first, std::min(COLUMN_LANES, c.rows - first), memory.data());
+    }
+  });
+}
+
+// Rows of a group to and from a block [columns][COLUMN_LANES]; lanes without a row are zeros.
+struct Part {
+  Part(const Columns& c, int member, int first, int rows)
+      : start(static_cast<size_t>(member) * c.columns * c.rows + first), columns(c.columns), pitch(c.rows), rows(rows) {}
+
+  void load(const float* from, float* block) const {
+    for (int k = 0; k < columns; k++, block += COLUMN_LANES) {
+      std::copy_n(from + start + static_cast<size_t>(k) * pitch, rows, block);
+      std::fill(block + rows, block + COLUMN_LANES, 0.f);
+    }
+  }
+  void store(const float* block, float* to) const {
+    for (int k = 0; k < columns; k++, block += COLUMN_LANES)
+      std::copy_n(block, rows, to + start + static_cast<size_t>(k) * pitch);
+  }
+
+  size_t start;
+  int columns, pitch, rows;
+};
+
+}  // namespace
+
+void round_columns(const Columns& c, const float* values, const float* feedback, const float* diagonal, float* codes,
+                   float* errors, float* loss, int threads) {
+  const size_t size = static_cast<size_t>(c.columns) * c.columns;
+  each_block(c, threads, [&](int member, int first, int rows, float* block) {
+    const Part part(c, member, first, rows);
+    float *own_errors = block + static_cast<size_t>(c.columns) * COLUMN_LANES, own_loss[COLUMN_LANES];
+    part.load(values, block);
+    kernels().round_columns(block, own_errors, feedback + member * size, diagonal + member * c.columns, c.columns,
+                            c.bits, own_loss);
+    part.store(block, codes);
+    part.store(own_errors, errors);
+    std::copy_n(own_loss, rows, loss + static_cast<size_t>(member) * c.rows + first);
+  });
+}
+
+void descend_columns(const Columns& c, const float* metric, float* codes, float* gradients, int sweeps, int threads) {
+  const size_t size = static_cast<size_t>(c.columns) * c.columns;
+  each_block(c, threads, [&](int member, int first, int rows, float* block) {
+    const Part part(c, member, first, rows);
+    float* own_gradients = block + static_cast<size_t>(c.columns) * COLUMN_LANES;
+    part.load(codes, block);
+    part.load(gradients, own_gradients);
+    kernels().descend_columns(block, own_gradients, metric + member * size, c.columns, c.bits, sweeps);
+    part.store(block, codes);
+    part.store(own_gradients, gradients);
+  });
+}
+
+}  // namespace mcmoe
