@@ -13,7 +13,7 @@ from transformers_mcmoe import MCMoEConfig, compression_report
 from transformers_mcmoe.allocation import solve
 from transformers_mcmoe.config import ALLOCATIONS
 from transformers_mcmoe.models import stream
-from transformers_mcmoe.pipeline import job
+from transformers_mcmoe.pipeline import measuring
 
 PATHS = [f"model.layers.{i}.mlp.experts" for i in range(2)]
 CALIBRATION = {"dataset": tokens(32, 64), "num_samples": 32, "bits": 2.5}
@@ -71,7 +71,8 @@ def test_errors_fall_with_bits_and_coverage_counts_every_slot(report):
 @pytest.mark.parametrize("allocation", [name for name in ALLOCATIONS if name != "bsp"])
 @pytest.mark.parametrize("budget", ["layer", "model"])
 def test_every_allocation_spends_the_same_budget(dense, report, allocation, budget):
-    other = compression_report(compressed(dense, quick_config(**CALIBRATION, allocation=allocation, budget=budget)))
+    config = quick_config(**CALIBRATION, allocation=allocation, budget=budget, attention_bits=4)
+    other = compression_report(compressed(dense, config))
     totals = [_total(other, path) for path in PATHS]
     if budget == "layer":
         assert totals == [_total(report, path) for path in PATHS]
@@ -184,8 +185,8 @@ def test_layers_behind_the_last_quantized_one_are_not_run(dense):
 
 def test_hessian_errors_are_measured_where_they_are_asked_for(dense, monkeypatch):
     calls = []
-    original = job.hessian_error
-    monkeypatch.setattr(job, "hessian_error", lambda *args: calls.append(args) or original(*args))
+    original = measuring.hessian_error
+    monkeypatch.setattr(measuring, "hessian_error", lambda *args: calls.append(args) or original(*args))
     compressed(dense, quick_config(**CALIBRATION))
     assert not calls
     compressed(dense, quick_config(**CALIBRATION, allocation="hessian"))

@@ -35,6 +35,8 @@ ALLOCATIONS = ("pmq", "uniform", "random", "frequency", "routing_weight", "f_nor
 ROUNDINGS = ("gptq", "nearest")
 ERRORS = ("final", "nearest")
 ACTIVATIONS = ("compressed", "dense")
+SENSITIVITIES = ("kl", "hidden")
+NEEDS_MODEL = "used with allocation='pmq', eps='final' and budget='model'"
 # what a preset sets; the options it names cannot be given beside it
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -61,8 +63,9 @@ class MCMoEConfig(QuantizationConfigMixin):
         bits: average code width over all quantized weights, in bits; the papers' "2.54". Group scales and zeros
             (0.25 bits per weight at groups of 128), embeddings and lm_head are not counted.
         expert_bits: candidate widths per expert, each of 1, 2, 3, 4, 8.
-        attention_bits: width of attention projections; 16 leaves them as they are (and out of the average).
-        shared_expert_bits: width of shared experts and dense MLPs; 16 leaves them as they are.
+        attention_bits: width of attention projections; 16 leaves them as they are (and out of the average). Several are
+            candidates, of which sensitivity="kl" chooses one per layer within `bits`. Default: (4, 8) there (without at_least), else 4.
+        shared_expert_bits: the same for shared experts and dense MLPs.
         group_size: most columns that share a scale, a multiple of 32; the largest multiple of 32 that divides a
             matrix's in_features is taken.
         budget: "layer" gives every layer the same bits per expert weight (the papers); "model" spends one budget
@@ -77,6 +80,9 @@ class MCMoEConfig(QuantizationConfigMixin):
         gamma: exponent of the error eps.
         eps: "final" measures errors with the quantizer that is used, on sequences kept from its Hessians, relative to
             the hidden states; "nearest" with plain rounding over the whole range, absolute, as the papers do.
+        sensitivity: how errors of layers compare under one budget for the model: "kl" measures how much the model's output
+            changes when a layer's experts, or its attention, are rounded; "hidden" takes errors as they are, relative to
+            the hidden states. Default: "kl" for "pmq" with eps="final" and budget="model".
         at_least: width -> least number of experts of a layer that take it; {3: 1, 2: 1} is the papers' constraint.
         preset: "paper" sets what the text of arXiv 2410.06270 says: PMQ per layer with alpha 1, beta 1.5, gamma 2,
             errors of plain rounding, at least one 3-bit and one 2-bit expert a layer.
@@ -86,6 +92,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         integer_zeros: zeros are rounded to a code.
         act_order: GPTQ rounds columns with large activations first; groups keep their columns.
         damping: share of its mean that is added to a Hessian's diagonal.
+        sweeps: rounds of coordinate descent over codes and grids that follow GPTQ; 0 for none.
         activations: a layer is calibrated on what the "compressed" layers before it return, or the "dense" ones.
         dataset: calibration text: Hub id "org/name[:subset[:split[:field]]]" or a dict with path, subset, split,
             field; a local .txt, .jsonl or .parquet file; a list of strings; or token ids [N, T]. Default: C4.
@@ -115,8 +122,8 @@ class MCMoEConfig(QuantizationConfigMixin):
         bits: float = 2.54,
         *,
         expert_bits: Sequence[int] = (1, 2, 3),
-        attention_bits: int = 4,
-        shared_expert_bits: int = 4,
+        attention_bits: int | Sequence[int] | None = None,
+        shared_expert_bits: int | Sequence[int] | None = None,
         group_size: int = 128,
         budget: str | None = None,
         allocation: str = "pmq",
@@ -124,6 +131,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         beta: float = 0.0,
         gamma: float = 2.0,
         eps: str = "final",
+        sensitivity: str | None = None,
         at_least: Mapping[int, int] | None = None,
         preset: str | None = None,
         rounding: str = "gptq",
@@ -132,6 +140,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         integer_zeros: bool = False,
         act_order: bool = True,
         damping: float = 0.01,
+        sweeps: int = 2,
         activations: str = "compressed",
         dataset: Any = None,
         num_samples: int = 128,
@@ -151,8 +160,8 @@ class MCMoEConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # a plain string, as for any external method
         self.bits = bits
         self.expert_bits = tuple(expert_bits) if isinstance(expert_bits, Sequence) else expert_bits
-        self.attention_bits = attention_bits
-        self.shared_expert_bits = shared_expert_bits
+        self.sensitivity = sensitivity
+        self.attention_bits, self.shared_expert_bits = _widths(attention_bits), _widths(shared_expert_bits)
         self.group_size = group_size
         self.budget = budget
         self.allocation = allocation
@@ -163,7 +172,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         self.preset = preset
         self.rounding = rounding
         self.fit, self.symmetric, self.integer_zeros = fit, symmetric, integer_zeros
-        self.act_order, self.damping = act_order, damping
+        self.act_order, self.damping, self.sweeps = act_order, damping, sweeps
         self.activations = activations
         self.dataset = dataset
         self.num_samples = num_samples
@@ -184,6 +193,13 @@ class MCMoEConfig(QuantizationConfigMixin):
         self._apply_preset()
         if self.budget is None:
             self.budget = "model" if self.relative_errors or allocation == "bsp" else "layer"
+        whole = self.relative_errors and self.budget == "model"
+        if self.sensitivity is None:
+            self.sensitivity = "kl" if whole else "hidden"
+        _check(self.sensitivity != "kl" or whole, "sensitivity", self.sensitivity, NEEDS_MODEL)
+        choice = (4, 8) if self.sensitivity == "kl" and not self.at_least else 4
+        self.attention_bits = choice if self.attention_bits is None else self.attention_bits
+        self.shared_expert_bits = choice if self.shared_expert_bits is None else self.shared_expert_bits
         self._validate()
 
     @property
@@ -207,16 +223,17 @@ class MCMoEConfig(QuantizationConfigMixin):
     def _validate(self) -> None:
         _check(isinstance(self.bits, int | float) and 0 < self.bits <= 8, "bits", self.bits, "a number in (0, 8]")
         widths = self.expert_bits
-        ascending = (
-            isinstance(widths, tuple)
-            and bool(widths)
-            and all(_is_width(w) for w in widths)
-            and list(widths) == sorted(set(widths))
-        )
-        _check(ascending, "expert_bits", widths, f"distinct ascending widths out of {WIDTHS}")
+        _check(_ascending(widths), "expert_bits", widths, f"distinct ascending widths out of {WIDTHS}")
         for name in ("attention_bits", "shared_expert_bits"):
             value = getattr(self, name)
-            _check(_is_width(value) or value == 16, name, value, f"one of {(*WIDTHS, 16)}")
+            if isinstance(value, tuple):
+                _check(_ascending(value), name, value, f"distinct ascending widths out of {WIDTHS}")
+                alone = self.sensitivity == "kl" and not self.at_least
+                _check(alone, name, value, "one width with at_least or without sensitivity='kl'")
+            else:
+                _check(
+                    _is_width(value) or value == 16, name, value, f"one of {(*WIDTHS, 16)}, or several to choose from"
+                )
         positive = isinstance(self.group_size, int) and self.group_size > 0 and self.group_size % 32 == 0
         _check(positive, "group_size", self.group_size, "a positive multiple of 32")
         _check(self.budget in BUDGETS, "budget", self.budget, f"one of {BUDGETS}")
@@ -226,12 +243,14 @@ class MCMoEConfig(QuantizationConfigMixin):
             "rounding": ROUNDINGS,
             "fit": FITS,
             "activations": ACTIVATIONS,
+            "sensitivity": SENSITIVITIES,
         }
         for name, allowed in choices.items():
             _check(getattr(self, name) in allowed, name, getattr(self, name), f"one of {allowed}")
         for name in ("symmetric", "integer_zeros", "act_order"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         _check(isinstance(self.damping, int | float) and 0 <= self.damping < 1, "damping", self.damping, "in [0, 1)")
+        _check(isinstance(self.sweeps, int) and self.sweeps >= 0, "sweeps", self.sweeps, "an integer >= 0")
         Grid(self.fit, self.symmetric, self.integer_zeros)  # refuses what does not go together
         if self.allocation == "bsp":
             pair = self.budget == "model" and len(self.expert_bits) == 2 and not self.at_least
@@ -274,6 +293,9 @@ class MCMoEConfig(QuantizationConfigMixin):
         data["average_bits"] = data.pop("bits")
         data["format_version"] = FORMAT_VERSION
         data["expert_bits"] = list(self.expert_bits)
+        for name in ("attention_bits", "shared_expert_bits"):
+            value = getattr(self, name)
+            data[name] = list(value) if isinstance(value, tuple) else value
         data["at_least"] = {str(width): count for width, count in self.at_least.items()}
         data["plan"] = self.plan.to_dict() if self.plan is not None else None
         data["odp"] = self.odp.to_dict() if isinstance(self.odp, ODPConfig) else None
@@ -313,6 +335,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         data.pop("quant_method", None)
         if "average_bits" in data:
             data["bits"] = data.pop("average_bits")
+            data.setdefault("sensitivity", "hidden")  # what there was before the option
         known = set(cls().__dict__) | set(RESERVED)
         unknown = sorted(set(data) - known)
         if unknown:
@@ -332,6 +355,22 @@ def _is_file(name: str) -> bool:
 def _check(ok: bool, name: str, value: Any, expected: str) -> None:
     if not ok:
         raise ValueError(f"{name}={value!r} is not valid: it must be {expected}.")
+
+
+def _widths(value: Any) -> Any:
+    """A width, several as a tuple, one of several as itself."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return value
+    return value[0] if len(value) == 1 else tuple(value)
+
+
+def _ascending(widths: Any) -> bool:
+    return (
+        isinstance(widths, tuple)
+        and bool(widths)
+        and all(map(_is_width, widths))
+        and list(widths) == sorted(set(widths))
+    )
 
 
 def _is_width(value: Any) -> bool:

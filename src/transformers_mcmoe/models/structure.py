@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from transformers_mcmoe.models.experts import find_experts, find_linears, layer_of, stacks_of
+from transformers_mcmoe.models.experts import Widths, find_experts, find_linears, layer_of, stacks_of
 from transformers_mcmoe.models.names import CheckpointNames
 from transformers_mcmoe.plan import Matrix, Plan
 
@@ -21,13 +21,14 @@ class Structure:
 
     Args:
         model: a transformers model with its original modules; on meta will do.
-        attention_bits: width of attention projections, 16 to leave them.
-        shared_expert_bits: width of shared experts and dense MLPs, 16 to leave them.
+        attention_bits: width of attention projections, 16 to leave them, or several to choose from.
+        shared_expert_bits: the same of shared experts and dense MLPs.
         modules_to_not_convert: names or patterns of modules to leave.
 
     Attributes:
         experts: adapters by module path.
-        linears: width by module path of linear layers outside the experts.
+        linears: width by module path of linear layers outside the experts; the lowest where there is a choice.
+        choices: module path of an attention or MLP that has a choice -> the widths its linear layers may take together.
         names: checkpoint names.
 
     Raises:
@@ -37,18 +38,28 @@ class Structure:
     def __init__(
         self,
         model: Any,
-        attention_bits: int = 16,
-        shared_expert_bits: int = 16,
+        attention_bits: Widths = 16,
+        shared_expert_bits: Widths = 16,
         modules_to_not_convert: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.experts = find_experts(model, modules_to_not_convert)
-        self.linears = find_linears(model, self.experts, attention_bits, shared_expert_bits, modules_to_not_convert)
+        self.linears: dict[str, int] = {}
+        self.choices: dict[str, tuple[int, ...]] = {}
+        found = find_linears(model, self.experts, attention_bits, shared_expert_bits, modules_to_not_convert)
+        for path, widths in found.items():
+            self.linears[path] = widths if isinstance(widths, int) else widths[0]
+            if not isinstance(widths, int):
+                self.choices[path.rpartition(".")[0]] = widths
         self.names = CheckpointNames(model)
 
     def expert_weights(self, path: str) -> int:
         """Weights of one expert of a module."""
         return sum(p.out_features * p.in_features for p in self.experts[path].projections)
+
+    def part(self, path: str) -> list[str]:
+        """The linear layers of an attention or MLP that has a choice."""
+        return [linear for linear in self.linears if linear.rpartition(".")[0] == path]
 
     def linear_weights(self) -> dict[str, int]:
         """Weights of every quantized linear layer."""

@@ -17,7 +17,7 @@ from transformers_mcmoe.allocation.significance import ExpertStatistics, layers_
 from transformers_mcmoe.calibration.statistics import RoutingStatistics
 from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.models.structure import Structure
-from transformers_mcmoe.plan import ExpertWidths
+from transformers_mcmoe.plan import ExpertWidths, Plan
 from transformers_mcmoe.routing import RoutingRatios
 
 # allocations that need the errors of every width
@@ -34,6 +34,7 @@ class LayerResult:
         errors: width -> eps of every expert.
         hessian_errors: width -> sum of Tr(H) / tokens * |W' - W|^2 over the matrices of every expert.
         starved: experts that saw too few tokens to be measured on their own.
+        divergence: KL divergence of the model's output, in nats per token, when all experts have the reference width.
     """
 
     routing: RoutingStatistics | None = None
@@ -41,6 +42,20 @@ class LayerResult:
     errors: dict[int, list[float]] = field(default_factory=dict)
     hessian_errors: dict[int, list[float]] = field(default_factory=dict)
     starved: list[int] = field(default_factory=list)
+    divergence: float | None = None
+
+
+@dataclass
+class PartResult:
+    """What was measured of an attention or MLP that has a choice of widths.
+
+    Attributes:
+        errors: width -> sum over its linear layers of the squared error of their outputs.
+        divergence: KL divergence of the model's output, in nats per token, when it has its lowest width.
+    """
+
+    errors: dict[int, float] = field(default_factory=dict)
+    divergence: float = 0.0
 
 
 class Allocator:
@@ -67,23 +82,71 @@ class Allocator:
             choice = solve(self._cost(path, result), self._price(path), budget, at_least=self._at_least())
         return ExpertWidths.of(self._bits[choice])
 
-    def model(self, results: Mapping[str, LayerResult], norms: Mapping[str, float]) -> dict[str, ExpertWidths]:
-        """Widths of all experts modules under one budget.
+    def model(
+        self, results: Mapping[str, LayerResult], norms: Mapping[str, float], parts: Mapping[str, PartResult]
+    ) -> Plan:
+        """Widths of all experts modules, and of attentions and MLPs that have a choice, under one budget.
 
         Args:
             results: measurements by path.
             norms: by path, the norm of the hidden states that the layer's errors are added to; errors that are not
                 relative already compare relative to it.
+            parts: measurements of attentions and MLPs that have a choice, by path.
         """
         paths = list(results)
-        group = np.concatenate(
-            [np.full(self._structure.experts[path].num_experts, self._index[path]) for path in paths]
+        cost = [self._cost(path, results[path], self._scale(results[path], norms[path])) for path in paths]
+        price = [self._price(path) for path in paths]
+        counts = [len(own) for own in cost]
+        options = max(len(self._bits), *map(len, self._structure.choices.values()), 0)
+        rows = [pad(table, options) for table in zip(cost, price, strict=True)]
+        for path, part in parts.items():
+            rows.append(pad(self._part(path, part), options))
+        columns = [np.concatenate(tables) for tables in zip(*rows, strict=True)]
+        group = np.repeat(np.arange(len(rows)), [*counts, *[1] * len(parts)])
+        choice = solve(
+            columns[0],
+            columns[1],
+            self._budget() + self._lowest(parts),
+            group=group if self._at_least() else None,  # with `at_least` there are no parts
+            at_least=self._at_least(),
+            allowed=columns[2],
         )
-        scale = {path: 1.0 if self._config.relative_errors else 1 / max(norms[path], 1e-30) for path in paths}
-        cost = np.concatenate([self._cost(path, results[path], scale[path]) for path in paths])
-        price = np.concatenate([self._price(path) for path in paths])
-        choice = solve(cost, price, self._budget(), group=group, at_least=self._at_least())
-        return {path: ExpertWidths.of(self._bits[choice[group == self._index[path]]]) for path in paths}
+        experts = {path: ExpertWidths.of(self._bits[choice[group == n]]) for n, path in enumerate(paths)}
+        linears = dict(self._structure.linears)
+        for path, option in zip(parts, choice[sum(counts) :], strict=True):
+            linears |= dict.fromkeys(self._structure.part(path), self._structure.choices[path][option])
+        return Plan(experts, linears)
+
+    def reference(self) -> int:
+        """The width that experts have while a layer's sensitivity is measured: the one nearest to their average."""
+        weights = sum(
+            self._structure.expert_weights(path) * e.num_experts for path, e in self._structure.experts.items()
+        )
+        return min(self._config.expert_bits, key=lambda bits: abs(bits - self._budget() / weights))
+
+    def _scale(self, result: LayerResult, norm: float) -> float:
+        """What a layer's errors are multiplied by, so that those of different layers compare."""
+        if result.divergence is not None:
+            squared = sum(error**2 for error in result.errors[self.reference()])
+            return (max(result.divergence, 1e-12) / max(squared, 1e-30)) ** 0.5
+        return 1.0 if self._config.relative_errors else 1 / max(norm, 1e-30)
+
+    def _part(self, path: str, part: PartResult) -> tuple[np.ndarray, np.ndarray]:
+        """Cost and price [1, J] of the widths of an attention or MLP."""
+        widths = self._structure.choices[path]
+        lowest = max(part.errors[widths[0]], 1e-30)
+        cost = [max(part.divergence, 1e-12) * part.errors[bits] / lowest for bits in widths]
+        weights = sum(self._structure.linear_weights()[linear] for linear in self._structure.part(path))
+        return np.asarray([cost]), np.asarray([widths], np.float64) * weights
+
+    def _lowest(self, parts: Mapping[str, PartResult]) -> int:
+        """Bits of attentions and MLPs at their lowest widths, which the experts' budget leaves out."""
+        weights = self._structure.linear_weights()
+        return sum(
+            weights[linear] * self._structure.choices[path][0]
+            for path in parts
+            for linear in self._structure.part(path)
+        )
 
     def blocks(self, similarity: Mapping[str, float]) -> dict[str, ExpertWidths]:
         """One width per experts module by the block score, under one budget; see `layers_by_change`."""
@@ -128,3 +191,10 @@ class Allocator:
 
     def _random(self, path: str) -> np.random.Generator:
         return np.random.default_rng([self._config.seed, self._index[path]])
+
+
+def pad(table: tuple[np.ndarray, np.ndarray], options: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cost and price [N, J] with further columns that are not allowed, up to `options`, and what is allowed."""
+    items, given = table[0].shape
+    widths = ((0, 0), (0, options - given))
+    return np.pad(table[0], widths), np.pad(table[1], widths), np.pad(np.ones((items, given), bool), widths)

@@ -46,6 +46,7 @@ class ExpertRounder:
         hessians: theirs, which are used up; None rounds to nearest.
         config: group size, grids, damping.
         grid: how grids are chosen; default the config's.
+        sweeps: of coordinate descent; default the config's.
     """
 
     def __init__(
@@ -55,9 +56,11 @@ class ExpertRounder:
         hessians: ExpertHessians | None,
         config: MCMoEConfig,
         grid: Grid | None = None,
+        sweeps: int | None = None,
     ) -> None:
         self._experts, self._which, self._config = experts, list(which), config
         self._grid = grid or grid_of(config)
+        self._sweeps = config.sweeps if sweeps is None else sweeps
         self._factors: dict[str, Factor] = {}
         for role, hessian in (hessians.roles if hessians is not None else {}).items():
             self._factors[role] = _factor(hessian.total, config, f"{experts.path} ({role})")
@@ -85,7 +88,7 @@ class ExpertRounder:
     def _quantize(self, weight: Tensor, role: str, part: list[int], bits: int) -> Quantized:
         if role in self._factors:
             factor = self._factors[role].take([self._which.index(expert) for expert in part])
-            return gptq(weight, factor, bits, self._grid)
+            return gptq(weight, factor, bits, self._grid, sweeps=self._sweeps)
         size = group_size_for(weight.shape[-1], self._config.group_size)
         return quantize(weight.flatten(0, 1), bits, size, self._grid)
 
@@ -109,18 +112,20 @@ def chunks(experts: Experts, which: Sequence[int], limit: int) -> list[list[int]
 def round_linears(
     runner: LayerRunner,
     i: int,
-    widths: Mapping[str, int],
+    widths: Mapping[str, Sequence[int]],
     experts: Sequence[Experts],
     config: MCMoEConfig,
     limit: int,
     unreached: Callable[[str], None],
-) -> Iterator[tuple[str, Tensor]]:
-    """Packed matrices of the linear layers of decoder layer i, by path.
+) -> Iterator[tuple[str, int, Tensor, float]]:
+    """Packed matrices of the linear layers of decoder layer i: path, bits, matrix, and the squared error of its output.
+
+    The error is that of GPTQ's Hessian, or where there is none, of the weights.
 
     Args:
         runner: holds the layer.
         i: which.
-        widths: path -> bits.
+        widths: path -> the widths it is rounded to.
         experts: the layer's experts; they are idle while Hessians are counted, unless a linear layer reads them.
         config: how to round.
         limit: bytes that Hessians may take at once, one at least.
@@ -135,10 +140,11 @@ def round_linears(
             for leader in leaders:
                 factor = _factor(hessians.pop(leader).total, config, leader)
                 for path in groups[leader]:
-                    yield (
-                        path,
-                        pack(gptq(modules[path].weight.data[None], factor, widths[path], grid_of(config))).cpu(),
-                    )
+                    weight = modules[path].weight.data[None]
+                    for bits in widths[path]:
+                        rounded = gptq(weight, factor, bits, grid_of(config), sweeps=config.sweeps)
+                        error = rounded.dequantize() - weight[0].to(torch.float32)
+                        yield path, bits, pack(rounded).cpu(), float(factor.loss(error[None]).sum())
                 del factor
                 return_free_memory()
     reached = {path for paths in groups.values() for path in paths}
@@ -147,7 +153,10 @@ def round_linears(
             unreached(path)
         weight = modules[path].weight.data
         size = group_size_for(weight.shape[1], config.group_size)
-        yield path, pack(quantize(weight, widths[path], size, grid_of(config))).cpu()
+        for bits in widths[path]:
+            rounded = quantize(weight, bits, size, grid_of(config))
+            error = rounded.dequantize() - weight.to(torch.float32)
+            yield path, bits, pack(rounded).cpu(), float(error.square().sum())
 
 
 def _count(

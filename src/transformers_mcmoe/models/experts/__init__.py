@@ -11,6 +11,7 @@ E experts, H hidden size, I intermediate size, T tokens, K experts per token.
 from transformers_mcmoe.models.experts.base import BLOCK, Experts, Projection, Record
 from transformers_mcmoe.models.experts.finding import (
     EXCEPTIONS,
+    Widths,
     find_experts,
     find_linears,
     is_attention,
@@ -29,6 +30,7 @@ __all__ = [
     "ListExperts",
     "Projection",
     "Record",
+    "Widths",
     "find_experts",
     "find_linears",
     "is_attention",

@@ -27,6 +27,10 @@ EXCEPTIONS: dict[str, type[Experts] | str] = {
 }
 
 
+# a width, or several to choose from
+Widths = int | tuple[int, ...]
+
+
 def find_experts(
     model: nn.Module,
     modules_to_not_convert: Sequence[str] = (),
@@ -94,18 +98,18 @@ def _looks_unsupported(path: str, module: nn.Module, found: Mapping[str, Experts
 def find_linears(
     model: nn.Module,
     experts: Mapping[str, Experts],
-    attention_bits: int,
-    shared_expert_bits: int,
+    attention_bits: Widths,
+    shared_expert_bits: Widths,
     modules_to_not_convert: Sequence[str] = (),
-) -> dict[str, int]:
-    """Width of every linear layer that is quantized beside the experts, by module path.
+) -> dict[str, Widths]:
+    """Width of every linear layer that is quantized beside the experts, or its candidates, by module path.
 
     Attention projections (MLA's too) take `attention_bits`, shared experts and dense MLPs `shared_expert_bits`, both
     only in the decoder layers that belong to the experts' stack; 16 leaves them. Routers, gates of shared experts,
     convolution, Mamba and linear-attention projections stay as they are.
     """
     stacks = [stack + "." for stack in stacks_of(experts)]
-    widths: dict[str, int] = {}
+    widths: dict[str, Widths] = {}
     for path, module in model.named_modules():
         if type(module) is not nn.Linear or not path.startswith(tuple(stacks)):
             continue

@@ -23,6 +23,7 @@ from transformers_mcmoe.models.experts import stacks_of
 from transformers_mcmoe.models.names import CheckpointNames
 from transformers_mcmoe.models.stream.checkpoint import Checkpoint, Weights, checkpoint_files
 from transformers_mcmoe.models.stream.loaded import LoadedRunner
+from transformers_mcmoe.models.stream.probes import Probes
 from transformers_mcmoe.models.stream.runner import LayerRunner
 from transformers_mcmoe.models.stream.streamed import LayerStream, NotStreamable
 
@@ -32,6 +33,7 @@ __all__ = [
     "LayerStream",
     "LoadedRunner",
     "NotStreamable",
+    "Probes",
     "checkpoint_files",
     "computing",
     "open_runner",

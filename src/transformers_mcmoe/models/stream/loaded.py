@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from transformers_mcmoe.models.stream.checkpoint import Weights
+from transformers_mcmoe.models.stream.probes import LoadedProbes, Probes
 from transformers_mcmoe.models.stream.runner import LastLayer, LayerRunner, model_inputs, squared_norm
 
 
@@ -20,23 +21,28 @@ class LoadedRunner(LayerRunner):
 
     def __init__(self, weights: Weights, layers: list[str], tokens: Tensor, batch: int, reason: str) -> None:
         self.weights, self.layers, self.reason, self.sequences = weights, layers, reason, len(tokens)
-        self._tokens = [tokens[start : start + batch] for start in range(0, len(tokens), batch)]
+        self.tokens, self._batch = tokens, batch
+        self._batches = list(tokens.split(batch))
         weights.load(list(weights.slices), weights.model)
         weights.tie()
         weights.check_embeddings()
 
-    def restart(self) -> None:
-        """Nothing: every run starts from the tokens."""
+    def restart(self, sequences: int | None = None) -> None:
+        self.sequences = min(sequences or len(self.tokens), len(self.tokens))
+        self._batches = list(self.tokens[: self.sequences].split(self._batch))
+
+    def probes(self, tokens: Tensor, most: int) -> Probes:
+        return LoadedProbes(self, tokens)
 
     @contextmanager
     def loaded(self, i: int) -> Iterator[nn.Module]:
         yield self.weights.model.get_submodule(self.layers[i])
 
     def replay(self, i: int, batches: int | None = None) -> None:
-        self._replay(i, self._tokens[:batches])
+        self._replay(i, self._batches[:batches])
 
     def advance(self, i: int) -> float:
-        return self._replay(i, self._tokens)
+        return self._replay(i, self._batches)
 
     def _replay(self, i: int, batches: Sequence[Tensor]) -> float:
         squared = 0.0

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from transformers_mcmoe.models.stream.checkpoint import Weights
+
+if TYPE_CHECKING:
+    from transformers_mcmoe.models.stream.probes import Probes
 
 
 class LastLayer(Exception):
@@ -25,7 +28,8 @@ class LayerRunner(ABC):
     Attributes:
         weights: the model and its checkpoint.
         layers: paths of the decoder layers, in the order of execution.
-        sequences: calibration sequences.
+        sequences: calibration sequences that are run.
+        tokens: [N, T] all of them.
         reason: why the whole model is held in memory, or None.
         recomputes: every run starts from the tokens, so that `advance` is not needed between layers.
     """
@@ -33,12 +37,17 @@ class LayerRunner(ABC):
     weights: Weights
     layers: list[str]
     sequences: int
+    tokens: Tensor
     reason: str | None = None
     recomputes = False
 
     @abstractmethod
-    def restart(self) -> None:
-        """Begin again with the first layer's inputs, after a pass through the layers."""
+    def restart(self, sequences: int | None = None) -> None:
+        """Begin again with the first layer's inputs: of the first `sequences`, default all."""
+
+    @abstractmethod
+    def probes(self, tokens: Tensor, most: int) -> Probes:
+        """Probes over tokens [N, T] for at most so many changes; before the first layer is run."""
 
     @abstractmethod
     def loaded(self, i: int) -> AbstractContextManager[nn.Module]:

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a decoder layer for what is seen of its tokens: routing, samples of experts' inputs, Hessians, rounded linear layers.
+
+Knows one layer at a time and writes what it sees into `layers`; it chooses and writes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+from transformers_mcmoe.calibration.hessians import ExpertHessians
+from transformers_mcmoe.calibration.statistics import ExpertInputs, LayerTokens
+from transformers_mcmoe.config import MCMoEConfig, ODPConfig, OTPConfig
+from transformers_mcmoe.memory import return_free_memory
+from transformers_mcmoe.models.stream import LayerRunner
+from transformers_mcmoe.models.structure import Structure
+from transformers_mcmoe.pipeline.allocating import MEASURED, LayerResult
+from transformers_mcmoe.pipeline.rounding import chunks, round_linears
+from transformers_mcmoe.routing import RoutingRatios, check_top_k, record_routing
+from transformers_mcmoe.workdir import WorkDir
+
+logger = logging.getLogger(__name__)
+
+
+class Watcher:
+    """Looks at the layers of one model.
+
+    Args:
+        structure: what is quantized.
+        runner: runs its layers.
+        config: how.
+        work: where samples lie.
+        limit: bytes that Hessians may take at once.
+
+    Attributes:
+        structure, runner, config: as given.
+        layers: measurements by experts path.
+        fallbacks: what was done otherwise than usual, and why.
+    """
+
+    def __init__(
+        self, structure: Structure, runner: LayerRunner, config: MCMoEConfig, work: WorkDir, limit: int
+    ) -> None:
+        self.structure, self.runner, self.config = structure, runner, config
+        self._work, self._limit = work, limit
+        self.layers: dict[str, LayerResult] = {path: LayerResult() for path in structure.experts}
+        self.fallbacks = [f"The whole dense model was loaded: {runner.reason}."] if runner.reason else []
+
+    def inside(self, i: int, paths: Iterable[str]) -> list[str]:
+        """Those of the module paths that lie in decoder layer i."""
+        return [path for path in paths if path.startswith(self.runner.layers[i] + ".")]
+
+    def linears(self, i: int, widths: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, int, Tensor, float]]:
+        """Linear layers of decoder layer i at their widths, see `round_linears`."""
+        experts = [self.structure.experts[path] for path in self.inside(i, self.structure.experts)]
+
+        def unreached(path: str) -> None:
+            self.fall_back(f"{path}: no calibration token reached it; it was rounded to nearest.")
+
+        return round_linears(self.runner, i, widths, experts, self.config, self._limit, unreached)
+
+    def passes(
+        self, i: int, path: str, which: list[int], counting: bool, held_out: bool = False
+    ) -> Iterator[tuple[list[int], ExpertHessians | None, ExpertInputs]]:
+        """Runs of experts, with their Hessians if these are asked for, and the samples of all experts' inputs.
+
+        The first pass over the tokens counts routing, too; each further run of experts costs one more pass. With
+        `held_out`, some sequences are kept from the Hessians, and the samples are drawn from those alone.
+        """
+        experts = self.structure.experts[path]
+        inputs: ExpertInputs | None = None
+        for run in chunks(experts, which, self._limit) if counting else [which]:
+            counted = ExpertHessians(experts, run) if counting else None
+            if inputs is None:
+                inputs = self.observe(i, path, counted, held_out)
+            elif counted is not None:
+                self._watch(i, path, counted, None, held_out)
+            if counted is not None:
+                for expert in (expert for expert in run if inputs.is_starved(expert)):
+                    counted.clear(expert)
+                    counted.record(expert, inputs.sample(expert).x)
+            yield run, counted, inputs
+            del counted
+            return_free_memory()
+
+    def _watch(
+        self, i: int, path: str, hessians: ExpertHessians | None, inputs: ExpertInputs | None, held_out: bool
+    ) -> None:
+        """Run layer i with idle experts and record what reaches them."""
+        experts, tokens = self.structure.experts[path], LayerTokens()
+
+        def record(expert: int, x: Tensor, weights: Tensor | None, position: Tensor | None) -> None:
+            held = tokens.held_out(expert, position, x.shape[0], self.runner.sequences) if held_out else None
+            if inputs is not None:
+                inputs.record(expert, x, weights, tokens.norms(position), held)
+            if hessians is not None:
+                hessians.record(expert, x if held is None else x[~held])
+
+        layer = self.structure.model.get_submodule(self.runner.layers[i])
+        with experts.idle(), experts.observe(record), tokens.observe(layer):
+            self.runner.replay(i)
+
+    def observe(self, i: int, path: str, hessians: ExpertHessians | None, held_out: bool = False) -> ExpertInputs:
+        """Run layer i with idle experts; count and sample what reaches them."""
+        experts, result = self.structure.experts[path], self.layers[path]
+        inputs = ExpertInputs(experts.num_experts, self._work.path / "expert_inputs.bin", self.config.seed)
+        ratios = RoutingRatios(experts.num_experts)
+        with record_routing(experts.module, experts, ratios):
+            self._watch(i, path, hessians, inputs, held_out)
+        if int(inputs.routing.tokens.sum()) == 0:
+            raise ValueError(f"No calibration token reached the experts of '{path}'; use other calibration data.")
+        known = result.routing is not None
+        result.routing, result.ratios = inputs.routing, ratios
+        if isinstance(self.config.odp, ODPConfig) or isinstance(self.config.otp, OTPConfig):
+            check_top_k(ratios.slots, path)
+        result.starved = [e for e in range(experts.num_experts) if inputs.is_starved(e)]
+        if result.starved and not known and (self.config.rounding == "gptq" or self.config.allocation in MEASURED):
+            self.fall_back(
+                f"{path}: experts {result.starved} saw too few calibration tokens; their errors and Hessians were "
+                "taken from tokens of all experts of the layer, and those that saw none count as if they had seen one."
+            )
+        return inputs
+
+    def fall_back(self, reason: str) -> None:
+        """Log, and keep for the report, what is done otherwise than usual."""
+        logger.warning(reason)
+        self.fallbacks.append(reason)
