@@ -21,6 +21,13 @@ RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 DOCS = Path(__file__).parent.parent / "docs" / "quality.md"
 BASE: dict[str, Any] = {"expert_bits": (1, 2, 3, 4)}
 ROWS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "preset best": BASE | {"preset": "best"},
+    "preset fast": BASE | {"preset": "fast"},
+    "PMQ, layers compared by the output's KL": BASE | {"sensitivity": "kl"},
+    "PMQ, no descent": BASE | {"sweeps": 0},
+    "PMQ, matrices by themselves": BASE | {"sequential": False},
+    "PMQ, both left out": BASE | {"sweeps": 0, "sequential": False},
     "PMQ": BASE,
     "PMQ, a budget per layer": BASE | {"budget": "layer"},
     "PMQ, exponents 1, 1.5, 2": BASE | {"alpha": 1.0, "beta": 1.5},

@@ -30,7 +30,6 @@ OPTIONS: dict[str, Any] = {
     "beta": 2,
     "gamma": 0.0,
     "eps": "nearest",
-    "sensitivity": "hidden",
     "at_least": {4: 1, 2: 2},
     "rounding": "nearest",
     "fit": "minmax",
@@ -38,6 +37,7 @@ OPTIONS: dict[str, Any] = {
     "integer_zeros": True,
     "act_order": False,
     "damping": 0.1,
+    "sequential": False,
     "sweeps": 5,
     "activations": "dense",
     "dataset": "org/name:subset",
@@ -58,8 +58,8 @@ def test_defaults():
         "format_version": 1,
         "average_bits": 2.54,
         "expert_bits": [1, 2, 3],
-        "attention_bits": [4, 8],
-        "shared_expert_bits": [4, 8],
+        "attention_bits": 4,
+        "shared_expert_bits": 4,
         "group_size": 128,
         "budget": "model",
         "allocation": "pmq",
@@ -67,7 +67,7 @@ def test_defaults():
         "beta": 0.0,
         "gamma": 2.0,
         "eps": "final",
-        "sensitivity": "kl",
+        "sensitivity": "hidden",
         "at_least": {},
         "preset": None,
         "rounding": "gptq",
@@ -76,7 +76,9 @@ def test_defaults():
         "integer_zeros": False,
         "act_order": True,
         "damping": 0.01,
+        "sequential": True,
         "sweeps": 2,
+        "learning_steps": 0,
         "activations": "compressed",
         "dataset": None,
         "num_samples": 128,
@@ -125,6 +127,8 @@ def test_every_option_is_in_the_round_trip():
         "format_version",
         "average_bits",
         "preset",
+        "learning_steps",  # goes with none of the grids above
+        "sensitivity",  # nor does its other value with a budget per layer
     } | {"bits"}
     defaults = MCMoEConfig()
     assert all(getattr(defaults, name) != value for name, value in OPTIONS.items())
@@ -220,7 +224,13 @@ def test_runtime_options_are_kept_in_memory(tmp_path: Path):
         ({"act_order": None}, "act_order=None is not valid"),
         ({"damping": 1.5}, r"damping=1\.5 is not valid: it must be in \[0, 1\)"),
         ({"activations": "raw"}, r"activations='raw' is not valid: it must be one of \('compressed', 'dense'\)"),
-        ({"preset": "fast"}, r"preset='fast' is not valid: it must be one of \('paper',\)"),
+        ({"preset": "quick"}, r"preset='quick' is not valid: it must be one of \('fast', 'default', 'best', 'paper'\)"),
+        ({"sensitivity": "kl", "budget": "layer"}, "sensitivity='kl' is not valid: it must be used with allocation='pmq'"),
+        ({"attention_bits": (4, 8)}, "must be one width with at_least or without sensitivity='kl'"),
+        ({"attention_bits": (8, 4), "sensitivity": "kl"}, "must be distinct ascending widths"),
+        ({"target_size": "big"}, "target_size='big' is not valid: it must be bytes, or a string like '12GB'"),
+        ({"target_size": "16GB", "bits": 2.0}, r"left out with bits=2\.0: both set the size"),
+        ({"sweeps": -1}, "sweeps=-1 is not valid: it must be an integer >= 0"),
         ({"preset": "paper", "gamma": 1.0}, r"preset='paper' sets gamma=2\.0, but gamma=1\.0 is given; drop one"),
         ({"preset": "paper", "budget": "model"}, "preset='paper' sets budget='layer', but budget='model' is given"),
         ({"alpha": -1}, "alpha=-1 is not valid: it must be a number >= 0"),
@@ -316,7 +326,7 @@ def test_options_of_later_releases(name: str):
 
 
 def test_reserved_names():
-    assert set(RESERVED) == {"prune", "rank", "granularity", "target_size"}
+    assert set(RESERVED) == {"prune", "rank"}
 
 
 def test_unknown_option():

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from transformers_mcmoe.models.experts import Experts
 
+# share of its mean that is added to the diagonal where a down projection is fitted anew (docs/quantization.md)
+RIDGE = 0.1
+
 
 @dataclass
 class Hessian:
@@ -55,17 +58,18 @@ class ExpertHessians:
     Args:
         experts: the module's adapter, with its dense weights.
         which: the experts counted here; tokens of others are passed over.
+        counted: the roles that are counted, default all.
 
     Attributes:
         which: those experts.
         roles: "gate_up" -> Hessian over inputs of the expert, "down" -> over what its down projection reads.
     """
 
-    def __init__(self, experts: Experts, which: Sequence[int]) -> None:
+    def __init__(self, experts: Experts, which: Sequence[int], counted: Sequence[str] = ("gate_up", "down")) -> None:
         self._experts, self.which = experts, list(which)
         self._index = {expert: i for i, expert in enumerate(self.which)}
         device = experts.matrix(0, experts.projections[0].name).device
-        sizes = {p.role: p.in_features for p in experts.projections}
+        sizes = {p.role: p.in_features for p in experts.projections if p.role in counted}
         self.roles = {role: Hessian.zeros(len(self.which), size, device) for role, size in sizes.items()}
 
     def record(self, expert: int, x: Tensor, weights: Tensor | None = None, position: Tensor | None = None) -> None:
@@ -73,8 +77,10 @@ class ExpertHessians:
         index = self._index.get(expert)
         if index is None or x.shape[0] == 0:
             return
-        for role, value in self._experts.inputs(expert, x.to(torch.float32)).items():
-            self.roles[role].add(index, value)
+        x = x.to(torch.float32)
+        read = {"gate_up": x} if "down" not in self.roles else self._experts.inputs(expert, x)
+        for role, hessian in self.roles.items():
+            hessian.add(index, read[role])
 
     def clear(self, expert: int) -> None:
         """Forget the tokens of an expert."""
@@ -86,6 +92,65 @@ class ExpertHessians:
     def bytes_per_expert(experts: Experts) -> int:
         """Memory of one expert's Hessians."""
         return 4 * sum(size**2 for size in {p.role: p.in_features for p in experts.projections}.values())
+
+
+class DownHessians:
+    """Hessians of down projections behind rounded input projections, and what these took from the experts' outputs.
+
+    With h what a down projection W read before rounding and h' what it reads now, the output W h is best rebuilt by the
+    matrix W + sum (W (h - h'))^T h' * (sum h'^T h')^-1, a regression on the tokens.
+
+    Args:
+        experts: the module's adapter, with its dense weights.
+        rounded: expert -> its rounded input projections [out, in] float32 by name.
+
+    Attributes:
+        hessian: sums of h'^T h'.
+        missing: [B, out, in] float32, sums of (W (h - h'))^T h'.
+    """
+
+    def __init__(self, experts: Experts, rounded: Mapping[int, Mapping[str, Tensor]]) -> None:
+        self._experts, self._rounded = experts, rounded
+        self._index = {expert: i for i, expert in enumerate(rounded)}
+        self._down = experts.projections[-1]
+        device = experts.matrix(0, self._down.name).device
+        self.hessian = Hessian.zeros(len(rounded), self._down.in_features, device)
+        self.missing = torch.zeros(len(rounded), self._down.out_features, self._down.in_features, device=device)
+
+    def record(self, expert: int, x: Tensor, weights: Tensor | None = None, position: Tensor | None = None) -> None:
+        """Count tokens `x` [n, H] that are routed to an expert."""
+        index = self._index.get(expert)
+        if index is None or x.shape[0] == 0:
+            return
+        x = x.to(torch.float32)
+        now = self._experts.inputs(expert, x, self._rounded[expert])["down"]
+        lost = self._experts.inputs(expert, x)["down"] - now
+        self.hessian.add(index, now)
+        self.missing[index].addmm_((lost @ self._experts.matrix(expert, self._down.name).to(x.dtype).T).T, now)
+
+    def clear(self, expert: int) -> None:
+        """Forget the tokens of an expert."""
+        self.hessian.total[self._index[expert]].zero_()
+        self.hessian.tokens[self._index[expert]] = 0
+        self.missing[self._index[expert]].zero_()
+
+    def targets(self) -> dict[int, Tensor]:
+        """The matrices [out, in] float32 that rebuild the experts' outputs best; `missing` is used up.
+
+        The regression is damped by RIDGE of the mean diagonal: with less it fits the calibration tokens alone.
+        """
+        found = {}
+        for expert, index in self._index.items():
+            damped = self.hessian.total[index].clone()
+            mean = float(damped.diagonal().mean())
+            dense = self._experts.matrix(expert, self._down.name).to(torch.float32)
+            damped.diagonal().add_(RIDGE * mean)
+            lower, info = torch.linalg.cholesky_ex(damped)
+            if mean <= 0 or int(info) != 0:
+                found[expert] = dense
+            else:
+                found[expert] = dense + torch.cholesky_solve(self.missing[index].T, lower).T
+        return found
 
 
 def probe_inputs(

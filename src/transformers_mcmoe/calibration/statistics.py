@@ -70,18 +70,18 @@ class Sample:
 class ExpertInputs:
     """Counts the tokens that reach each expert and keeps a uniform sample of them (reservoir sampling).
 
-    The sample lies in a memory-mapped file, [E, SAMPLE, H]. An expert that gets at most SAMPLE tokens keeps them all.
+    The sample lies in a memory-mapped file, [E, most, H]. An expert that gets at most so many tokens keeps them all.
 
     Attributes:
         routing: the counts.
     """
 
-    def __init__(self, num_experts: int, path: Path, seed: int) -> None:
+    def __init__(self, num_experts: int, path: Path, seed: int, most: int | None = None) -> None:
         self.routing = RoutingStatistics.zeros(num_experts)
-        self._path = path
+        self._path, self._most = path, most or SAMPLE
         self._x: Tensor | None = None
-        self._weight = torch.zeros(num_experts, SAMPLE)
-        self._norm = torch.zeros(num_experts, SAMPLE)
+        self._weight = torch.zeros(num_experts, self._most)
+        self._norm = torch.zeros(num_experts, self._most)
         self._seen = torch.zeros(num_experts, dtype=torch.int64)  # tokens that the sample was drawn from
         self._random = torch.Generator().manual_seed(seed)
 
@@ -116,10 +116,10 @@ class ExpertInputs:
             self._x = mapped_tensor(self._path, (*self._weight.shape, x.shape[1]), x.dtype)
         order = torch.arange(n) + self._seen[expert]
         draw = (torch.rand(n, generator=self._random, dtype=torch.float64) * (order + 1)).long()
-        slot = torch.where(order < SAMPLE, order, draw)
+        slot = torch.where(order < self._most, order, draw)
         # several tokens may draw one slot: the last of them stays
-        last = torch.full((SAMPLE,), -1).scatter_reduce(
-            0, slot.clamp(max=SAMPLE - 1), torch.where(slot < SAMPLE, torch.arange(n), -1), "amax"
+        last = torch.full((self._most,), -1).scatter_reduce(
+            0, slot.clamp(max=self._most - 1), torch.where(slot < self._most, torch.arange(n), -1), "amax"
         )
         kept = torch.nonzero(last >= 0).flatten()
         self._x[expert, kept] = x[last[kept].to(x.device)].cpu()
@@ -145,9 +145,9 @@ class ExpertInputs:
             raise ValueError("No calibration token reached any expert of this layer; use other calibration text.")
         count = int(tokens[expert])
         if not self.is_starved(expert):
-            n = min(int(self._seen[expert]), SAMPLE)
+            n = min(int(self._seen[expert]), self._most)
             return Sample(self._x[expert, :n], self._weight[expert, :n], self._norm[expert, :n], count / n)
-        share = max(1, SAMPLE // (4 * len(tokens)))
+        share = max(1, self._most // (4 * len(tokens)))
         counts = [min(n, share) for n in self._seen.tolist()]
         x = torch.cat([self._x[e, :n] for e, n in enumerate(counts)])
         norm = torch.cat([self._norm[e, :n] for e, n in enumerate(counts)])
@@ -238,6 +238,19 @@ class BlockChange:
             yield
 
 
+def token_factors(dense: Tensor, sample: Sample) -> Tensor:
+    """What a token's squared change of an expert's output counts, [n] float64; see `relative` of `output_errors`.
+
+    Args:
+        dense: [n, H] the expert's dense outputs.
+        sample: its inputs.
+    """
+    weight = sample.weight.to(dense.device, torch.float64).square()
+    own = dense.square().sum(-1).to(torch.float64) * weight
+    entered = (own + sample.norm.to(dense.device, torch.float64).square()).sqrt().clamp(min=1e-15)
+    return weight / (entered * entered.median())
+
+
 def output_errors(
     experts: Experts, expert: int, sample: Sample, candidates: Iterable[Mapping[str, Tensor]], relative: bool = False
 ) -> list[float]:
@@ -262,12 +275,7 @@ def output_errors(
     device = experts.matrix(expert, experts.projections[0].name).device
     x, weight = sample.x.to(device, torch.float32), sample.weight.to(device, torch.float64)
     dense = experts.run(expert, x)
-    if relative:
-        own = dense.square().sum(-1).to(torch.float64) * weight.square()
-        entered = (own + sample.norm.to(device, torch.float64).square()).sqrt().clamp(min=1e-15)
-        factor = weight.square() / (entered * entered.median())
-    else:
-        factor = weight.square()
+    factor = token_factors(dense, sample) if relative else weight.square()
     errors = []
     for matrices in candidates:
         change = experts.run(expert, x, {name: matrix.to(device) for name, matrix in matrices.items()}).sub_(dense)

@@ -19,7 +19,15 @@ from transformers_mcmoe.cli.command import Refused
 from transformers_mcmoe.config import MCMoEConfig, ODPConfig, OTPConfig
 
 PANELS = {
-    "Sizes": ("bits", "expert_bits", "attention_bits", "shared_expert_bits", "group_size", "modules_to_not_convert"),
+    "Sizes": (
+        "bits",
+        "target_size",
+        "expert_bits",
+        "attention_bits",
+        "shared_expert_bits",
+        "group_size",
+        "modules_to_not_convert",
+    ),
     "Which expert gets how many bits": (
         "allocation",
         "budget",
@@ -29,9 +37,20 @@ PANELS = {
         "beta",
         "gamma",
         "eps",
+        "sensitivity",
         "at_least",
     ),
-    "Rounding": ("rounding", "fit", "symmetric", "integer_zeros", "act_order", "damping", "activations"),
+    "Rounding": (
+        "rounding",
+        "fit",
+        "symmetric",
+        "integer_zeros",
+        "act_order",
+        "damping",
+        "sweeps",
+        "learning_steps",
+        "activations",
+    ),
     "Calibration": ("dataset", "num_samples", "seq_len", "tokenizer", "seed"),
     "Expert pruning at run time": ("odp", "odp_rate", "odp_options", "otp", "otp_options"),
     "This machine": ("device", "max_memory", "work_dir"),
@@ -39,6 +58,10 @@ PANELS = {
 # help where the docstring speaks of Python, and defaults and types where the command line has others
 HELP = {
     "expert_bits": "candidate widths of an expert, e.g. 1,2,3; each of 1, 2, 3, 4, 8.",
+    "attention_bits": "width of attention projections, 16 to leave them, or several to choose from, e.g. 4,8. Default: 4,8 with "
+    "--sensitivity kl, else 4.",
+    "shared_expert_bits": "the same for shared experts and dense MLPs.",
+    "target_size": "size of the weights' files, e.g. 16GB, in place of --bits; all that is stored counts.",
     "at_least": "least number of experts of a layer per width, e.g. 3:1,2:1 (the papers' constraint).",
     "modules_to_not_convert": "names or patterns of modules that stay as they are, separated by commas.",
     "dataset": "calibration text: Hub id 'org/name[:subset[:split[:field]]]', or a local .txt, .jsonl or .parquet file. "
@@ -54,9 +77,12 @@ HELP = {
     "otp_options": "further fields of OTPConfig as JSON, e.g. '{\"steps\": 30}'. Implies --otp.",
 }
 # help that begins with a value keeps it as it is typed
-VALUES = ("layer", "pmq", "gptq", "search", "final", "paper")
+VALUES = ("layer", "hidden", "pmq", "gptq", "search", "final", "paper", "fast")
 TYPES: dict[str, tuple[Any, Any]] = {
+    "target_size": (str | None, None),
     "expert_bits": (str, "1,2,3"),
+    "attention_bits": (str | None, None),
+    "shared_expert_bits": (str | None, None),
     "at_least": (str | None, None),
     "modules_to_not_convert": (str | None, None),
     "dataset": (str | None, None),
@@ -118,6 +144,9 @@ def config_of(options: Mapping[str, Any], **more: Any) -> MCMoEConfig:
     if options["dataset"] and options["dataset"].startswith("{"):
         given["dataset"] = _json("dataset", options["dataset"])
     given["expert_bits"] = [_integer("expert_bits", word) for word in options["expert_bits"].split(",")]
+    for name in ("attention_bits", "shared_expert_bits"):
+        words = options[name]
+        given[name] = [_integer(name, word) for word in words.split(",")] if words else None
     given["at_least"] = _at_least(options["at_least"])
     patterns = options["modules_to_not_convert"]
     given["modules_to_not_convert"] = patterns.split(",") if patterns else None

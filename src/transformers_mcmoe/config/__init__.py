@@ -4,20 +4,15 @@
 Knows no model: what depends on shapes is checked by the pipeline.
 """
 
-from transformers_mcmoe.config.compression import (
-    ALLOCATIONS,
-    FORMAT_VERSION,
-    QUANT_METHOD,
-    RESERVED,
-    ROUNDINGS,
-    MCMoEConfig,
-)
+from transformers_mcmoe.config.compression import FORMAT_VERSION, QUANT_METHOD, MCMoEConfig
 from transformers_mcmoe.config.otp import TARGET, OTPConfig
 from transformers_mcmoe.config.pruning import ODPConfig
+from transformers_mcmoe.config.values import ALLOCATIONS, PRESETS, RESERVED, ROUNDINGS
 
 __all__ = [
     "ALLOCATIONS",
     "FORMAT_VERSION",
+    "PRESETS",
     "QUANT_METHOD",
     "RESERVED",
     "ROUNDINGS",

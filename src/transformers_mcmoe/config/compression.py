@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,25 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from transformers_mcmoe.config.otp import OTPConfig
 from transformers_mcmoe.config.pruning import ODPConfig
+from transformers_mcmoe.config.values import (
+    ACTIVATIONS,
+    ALLOCATIONS,
+    BUDGETS,
+    ERRORS,
+    NEEDS_MODEL,
+    PRESETS,
+    RESERVED,
+    ROUNDINGS,
+    SENSITIVITIES,
+    as_bytes,
+    as_widths,
+    ascending,
+    check,
+    is_file,
+    is_width,
+    read_plan,
+    refuse_reserved,
+)
 from transformers_mcmoe.plan import Plan
 from transformers_mcmoe.quantization.grid import FITS, Grid
 from transformers_mcmoe.quantization.packing import WIDTHS
@@ -30,30 +47,8 @@ logger = logging.getLogger(__name__)
 
 QUANT_METHOD = "mcmoe"
 FORMAT_VERSION = 1
-BUDGETS = ("layer", "model")
-ALLOCATIONS = ("pmq", "uniform", "random", "frequency", "routing_weight", "f_norm", "hessian", "bsp")
-ROUNDINGS = ("gptq", "nearest")
-ERRORS = ("final", "nearest")
-ACTIVATIONS = ("compressed", "dense")
-SENSITIVITIES = ("kl", "hidden")
-NEEDS_MODEL = "used with allocation='pmq', eps='final' and budget='model'"
-# what a preset sets; the options it names cannot be given beside it
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "allocation": "pmq",
-        "budget": "layer",
-        "expert_bits": (1, 2, 3),
-        "alpha": 1.0,
-        "beta": 1.5,
-        "gamma": 2.0,
-        "at_least": {3: 1, 2: 1},
-        "eps": "nearest",
-    },
-}
-# options of later releases; accepted only as None or False
-RESERVED = ("prune", "rank", "granularity", "target_size")
 # belong to one run on one machine, never stored
-RUNTIME = ("tokenizer", "work_dir", "max_memory", "device", "progress", "asked")
+RUNTIME = ("tokenizer", "work_dir", "max_memory", "target_size", "device", "progress", "asked")
 
 
 class MCMoEConfig(QuantizationConfigMixin):
@@ -62,9 +57,12 @@ class MCMoEConfig(QuantizationConfigMixin):
     Args:
         bits: average code width over all quantized weights, in bits; the papers' "2.54". Group scales and zeros
             (0.25 bits per weight at groups of 128), embeddings and lm_head are not counted.
+        target_size: bytes (or "16GB") that the weights' files may take, scales, zeros and what is not quantized included; it
+            takes the place of `bits`.
         expert_bits: candidate widths per expert, each of 1, 2, 3, 4, 8.
         attention_bits: width of attention projections; 16 leaves them as they are (and out of the average). Several are
-            candidates, of which sensitivity="kl" chooses one per layer within `bits`. Default: (4, 8) there (without at_least), else 4.
+            candidates, of which sensitivity="kl" chooses one per layer within `bits`. Default: (4, 8) there (without at_least),
+            else 4.
         shared_expert_bits: the same for shared experts and dense MLPs.
         group_size: most columns that share a scale, a multiple of 32; the largest multiple of 32 that divides a
             matrix's in_features is taken.
@@ -80,19 +78,24 @@ class MCMoEConfig(QuantizationConfigMixin):
         gamma: exponent of the error eps.
         eps: "final" measures errors with the quantizer that is used, on sequences kept from its Hessians, relative to
             the hidden states; "nearest" with plain rounding over the whole range, absolute, as the papers do.
-        sensitivity: how errors of layers compare under one budget for the model: "kl" measures how much the model's output
-            changes when a layer's experts, or its attention, are rounded; "hidden" takes errors as they are, relative to
-            the hidden states. Default: "kl" for "pmq" with eps="final" and budget="model".
+        sensitivity: how errors of layers compare under one budget for the model: "hidden" takes them as they are, relative to
+            the hidden states; "kl" measures how much the output of the dense model changes when a layer's experts, or its
+            attention, are rounded (docs/quality.md has where it loses).
         at_least: width -> least number of experts of a layer that take it; {3: 1, 2: 1} is the papers' constraint.
-        preset: "paper" sets what the text of arXiv 2410.06270 says: PMQ per layer with alpha 1, beta 1.5, gamma 2,
-            errors of plain rounding, at least one 3-bit and one 2-bit expert a layer.
+        preset: "fast" is one pass over 32 sequences with uniform widths; "best" takes the time that lowers errors further
+            (docs/quality.md has what each gives and takes); "paper" sets what the text of arXiv 2410.06270 says: PMQ per
+            layer with alpha 1, beta 1.5, gamma 2, errors of plain rounding, at least one 3-bit and one 2-bit expert a layer.
         rounding: "gptq" (error feedback on calibration data) or "nearest" (data-free).
         fit: grid of a group: "search" (clipped range of least error), "minmax", or "hqq" (half-quadratic zero).
         symmetric: grids are symmetric around 0.
         integer_zeros: zeros are rounded to a code.
         act_order: GPTQ rounds columns with large activations first; groups keep their columns.
         damping: share of its mean that is added to a Hessian's diagonal.
+        sequential: down projections are fitted and rounded behind the rounded gate and up projections, whose errors they
+            make up for; one more pass over a layer.
         sweeps: rounds of coordinate descent over codes and grids that follow GPTQ; 0 for none.
+        learning_steps: gradient steps on the output of each expert that move its codes and grids together, after all else
+            (SignRound, arXiv 2309.05516); 0 for none.
         activations: a layer is calibrated on what the "compressed" layers before it return, or the "dense" ones.
         dataset: calibration text: Hub id "org/name[:subset[:split[:field]]]" or a dict with path, subset, split,
             field; a local .txt, .jsonl or .parquet file; a list of strings; or token ids [N, T]. Default: C4.
@@ -121,6 +124,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         self,
         bits: float = 2.54,
         *,
+        target_size: int | str | None = None,
         expert_bits: Sequence[int] = (1, 2, 3),
         attention_bits: int | Sequence[int] | None = None,
         shared_expert_bits: int | Sequence[int] | None = None,
@@ -131,7 +135,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         beta: float = 0.0,
         gamma: float = 2.0,
         eps: str = "final",
-        sensitivity: str | None = None,
+        sensitivity: str = "hidden",
         at_least: Mapping[int, int] | None = None,
         preset: str | None = None,
         rounding: str = "gptq",
@@ -140,7 +144,9 @@ class MCMoEConfig(QuantizationConfigMixin):
         integer_zeros: bool = False,
         act_order: bool = True,
         damping: float = 0.01,
+        sequential: bool = True,
         sweeps: int = 2,
+        learning_steps: int = 0,
         activations: str = "compressed",
         dataset: Any = None,
         num_samples: int = 128,
@@ -158,10 +164,10 @@ class MCMoEConfig(QuantizationConfigMixin):
         **reserved: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # a plain string, as for any external method
-        self.bits = bits
+        self.bits, self.target_size = bits, target_size
         self.expert_bits = tuple(expert_bits) if isinstance(expert_bits, Sequence) else expert_bits
         self.sensitivity = sensitivity
-        self.attention_bits, self.shared_expert_bits = _widths(attention_bits), _widths(shared_expert_bits)
+        self.attention_bits, self.shared_expert_bits = as_widths(attention_bits), as_widths(shared_expert_bits)
         self.group_size = group_size
         self.budget = budget
         self.allocation = allocation
@@ -172,7 +178,9 @@ class MCMoEConfig(QuantizationConfigMixin):
         self.preset = preset
         self.rounding = rounding
         self.fit, self.symmetric, self.integer_zeros = fit, symmetric, integer_zeros
-        self.act_order, self.damping, self.sweeps = act_order, damping, sweeps
+        self.act_order, self.damping = act_order, damping
+        self.sequential = sequential
+        self.sweeps, self.learning_steps = sweeps, learning_steps
         self.activations = activations
         self.dataset = dataset
         self.num_samples = num_samples
@@ -183,20 +191,18 @@ class MCMoEConfig(QuantizationConfigMixin):
         self.work_dir = Path(work_dir) if work_dir is not None else None
         self.max_memory = max_memory
         self.device = torch.device(device) if device is not None else None
-        self.plan = _read_plan(plan)
+        self.plan = read_plan(plan)
         self.odp = ODPConfig.read(odp) if odp is not False else False
         self.otp = OTPConfig.read(otp) if otp is not False else False
         # what a config given beside a packed checkpoint asks of its pruning
         self.asked: dict[str, Any] = {}
         self.progress = progress
-        _refuse_reserved(reserved)
+        refuse_reserved(reserved)
         self._apply_preset()
         if self.budget is None:
             self.budget = "model" if self.relative_errors or allocation == "bsp" else "layer"
         whole = self.relative_errors and self.budget == "model"
-        if self.sensitivity is None:
-            self.sensitivity = "kl" if whole else "hidden"
-        _check(self.sensitivity != "kl" or whole, "sensitivity", self.sensitivity, NEEDS_MODEL)
+        check(self.sensitivity != "kl" or whole, "sensitivity", self.sensitivity, NEEDS_MODEL)
         choice = (4, 8) if self.sensitivity == "kl" and not self.at_least else 4
         self.attention_bits = choice if self.attention_bits is None else self.attention_bits
         self.shared_expert_bits = choice if self.shared_expert_bits is None else self.shared_expert_bits
@@ -210,7 +216,7 @@ class MCMoEConfig(QuantizationConfigMixin):
     def _apply_preset(self) -> None:
         if self.preset is None:
             return
-        _check(self.preset in PRESETS, "preset", self.preset, f"one of {tuple(PRESETS)}")
+        check(self.preset in PRESETS, "preset", self.preset, f"one of {tuple(PRESETS)}")
         defaults = inspect.signature(MCMoEConfig.__init__).parameters
         for name, value in PRESETS[self.preset].items():
             given, default = getattr(self, name), defaults[name].default
@@ -221,22 +227,22 @@ class MCMoEConfig(QuantizationConfigMixin):
             setattr(self, name, value)
 
     def _validate(self) -> None:
-        _check(isinstance(self.bits, int | float) and 0 < self.bits <= 8, "bits", self.bits, "a number in (0, 8]")
+        check(isinstance(self.bits, int | float) and 0 < self.bits <= 8, "bits", self.bits, "a number in (0, 8]")
         widths = self.expert_bits
-        _check(_ascending(widths), "expert_bits", widths, f"distinct ascending widths out of {WIDTHS}")
+        check(ascending(widths), "expert_bits", widths, f"distinct ascending widths out of {WIDTHS}")
         for name in ("attention_bits", "shared_expert_bits"):
             value = getattr(self, name)
             if isinstance(value, tuple):
-                _check(_ascending(value), name, value, f"distinct ascending widths out of {WIDTHS}")
+                check(ascending(value), name, value, f"distinct ascending widths out of {WIDTHS}")
                 alone = self.sensitivity == "kl" and not self.at_least
-                _check(alone, name, value, "one width with at_least or without sensitivity='kl'")
+                check(alone, name, value, "one width with at_least or without sensitivity='kl'")
             else:
-                _check(
-                    _is_width(value) or value == 16, name, value, f"one of {(*WIDTHS, 16)}, or several to choose from"
+                check(
+                    is_width(value) or value == 16, name, value, f"one of {(*WIDTHS, 16)}, or several to choose from"
                 )
         positive = isinstance(self.group_size, int) and self.group_size > 0 and self.group_size % 32 == 0
-        _check(positive, "group_size", self.group_size, "a positive multiple of 32")
-        _check(self.budget in BUDGETS, "budget", self.budget, f"one of {BUDGETS}")
+        check(positive, "group_size", self.group_size, "a positive multiple of 32")
+        check(self.budget in BUDGETS, "budget", self.budget, f"one of {BUDGETS}")
         choices = {
             "allocation": ALLOCATIONS,
             "eps": ERRORS,
@@ -246,46 +252,58 @@ class MCMoEConfig(QuantizationConfigMixin):
             "sensitivity": SENSITIVITIES,
         }
         for name, allowed in choices.items():
-            _check(getattr(self, name) in allowed, name, getattr(self, name), f"one of {allowed}")
-        for name in ("symmetric", "integer_zeros", "act_order"):
-            _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
-        _check(isinstance(self.damping, int | float) and 0 <= self.damping < 1, "damping", self.damping, "in [0, 1)")
-        _check(isinstance(self.sweeps, int) and self.sweeps >= 0, "sweeps", self.sweeps, "an integer >= 0")
+            check(getattr(self, name) in allowed, name, getattr(self, name), f"one of {allowed}")
+        for name in ("symmetric", "integer_zeros", "act_order", "sequential"):
+            check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        check(isinstance(self.damping, int | float) and 0 <= self.damping < 1, "damping", self.damping, "in [0, 1)")
+        for name in ("sweeps", "learning_steps"):
+            value = getattr(self, name)
+            check(isinstance(value, int) and value >= 0, name, value, "an integer >= 0")
+        plain = not (self.symmetric or self.integer_zeros) and self.rounding == "gptq"
+        wanted = "0 with symmetric or integer_zeros grids or rounding='nearest': it moves zeros freely"
+        check(plain or self.learning_steps == 0, "learning_steps", self.learning_steps, wanted)
         Grid(self.fit, self.symmetric, self.integer_zeros)  # refuses what does not go together
         if self.allocation == "bsp":
             pair = self.budget == "model" and len(self.expert_bits) == 2 and not self.at_least
             given = (self.budget, self.expert_bits, self.at_least)
             wanted = "used with budget='model', two expert_bits such as (2, 4), and no at_least; "
-            _check(pair, "allocation", self.allocation, f"{wanted}here they are {given}")
+            check(pair, "allocation", self.allocation, f"{wanted}here they are {given}")
         for name in ("alpha", "beta", "gamma"):
             value = getattr(self, name)
-            _check(isinstance(value, int | float) and value >= 0, name, value, "a number >= 0")
+            check(isinstance(value, int | float) and value >= 0, name, value, "a number >= 0")
         known = all(w in widths and isinstance(n, int) and n >= 0 for w, n in self.at_least.items())
-        _check(known, "at_least", self.at_least, f"a dict from widths of expert_bits {widths} to counts >= 0")
+        check(known, "at_least", self.at_least, f"a dict from widths of expert_bits {widths} to counts >= 0")
         for name in ("num_samples", "seq_len"):
             value = getattr(self, name)
-            _check(isinstance(value, int) and value > 0, name, value, "a positive integer")
+            check(isinstance(value, int) and value > 0, name, value, "a positive integer")
         names = self.modules_to_not_convert
-        _check(isinstance(names, list | tuple), "modules_to_not_convert", names, "a list of names or patterns")
+        check(isinstance(names, list | tuple), "modules_to_not_convert", names, "a list of names or patterns")
         self.modules_to_not_convert = list(names)
         unused = not self.at_least or self.allocation != "uniform"
-        _check(unused, "at_least", self.at_least, "left out with allocation='uniform'")
-        _check(isinstance(self.seed, int) and self.seed >= 0, "seed", self.seed, "an integer >= 0")
+        check(unused, "at_least", self.at_least, "left out with allocation='uniform'")
+        check(isinstance(self.seed, int) and self.seed >= 0, "seed", self.seed, "an integer >= 0")
         pruned = isinstance(self.otp, OTPConfig) and self.otp.on and bool(self.odp)
-        _check(not pruned, "otp", self.otp, "left out with odp: both are rules for the same slots")
-        if self.max_memory is not None:
-            _check(self.max_memory_bytes > 0, "max_memory", self.max_memory, "bytes, or a string like '12GB'")
+        check(not pruned, "otp", self.otp, "left out with odp: both are rules for the same slots")
+        for name in ("max_memory", "target_size"):
+            value = getattr(self, name)
+            check(value is None or as_bytes(value) > 0, name, value, "bytes, or a string like '12GB'")
+        bits = inspect.signature(MCMoEConfig).parameters["bits"].default
+        check(
+            self.target_size is None or self.bits == bits,
+            "target_size",
+            self.target_size,
+            f"left out with bits={self.bits}: both set the size",
+        )
 
     @property
     def max_memory_bytes(self) -> int:
-        """`max_memory` in bytes, 0 if there is none or it cannot be read."""
-        if isinstance(self.max_memory, int):
-            return self.max_memory
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", str(self.max_memory), re.IGNORECASE)
-        if match is None:
-            return 0
-        base = 1024 if match.group(3) else 1000
-        return int(float(match.group(1)) * base ** " KMGT".index(match.group(2).upper() or " "))
+        """`max_memory` in bytes, 0 if there is none."""
+        return as_bytes(self.max_memory)
+
+    @property
+    def target_bytes(self) -> int:
+        """`target_size` in bytes, 0 if there is none."""
+        return as_bytes(self.target_size)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form. The average is called `average_bits`: the Hub reads a field `bits` as an integer."""
@@ -302,7 +320,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         data["otp"] = self.otp.to_dict() if isinstance(self.otp, OTPConfig) else None
         # texts and token ids given in memory are not stored, and of a file its name: folders are this machine's own
         data["dataset"] = self.dataset if isinstance(self.dataset, str | dict) else None
-        if isinstance(self.dataset, Path) or (isinstance(self.dataset, str) and _is_file(self.dataset)):
+        if isinstance(self.dataset, Path) or (isinstance(self.dataset, str) and is_file(self.dataset)):
             data["dataset"] = Path(self.dataset).name
         return data
 
@@ -343,66 +361,6 @@ class MCMoEConfig(QuantizationConfigMixin):
         return super().from_dict(
             {key: value for key, value in data.items() if key in known}, return_unused_kwargs, **kwargs
         )
-
-
-def _is_file(name: str) -> bool:
-    try:
-        return Path(name).is_file()
-    except OSError:  # a text instead of a name is too long for one; it is refused where it is read
-        return False
-
-
-def _check(ok: bool, name: str, value: Any, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}={value!r} is not valid: it must be {expected}.")
-
-
-def _widths(value: Any) -> Any:
-    """A width, several as a tuple, one of several as itself."""
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        return value
-    return value[0] if len(value) == 1 else tuple(value)
-
-
-def _ascending(widths: Any) -> bool:
-    return (
-        isinstance(widths, tuple)
-        and bool(widths)
-        and all(map(_is_width, widths))
-        and list(widths) == sorted(set(widths))
-    )
-
-
-def _is_width(value: Any) -> bool:
-    return isinstance(value, int) and value in WIDTHS
-
-
-def _refuse_reserved(options: Mapping[str, Any]) -> None:
-    for name, value in options.items():
-        if name not in RESERVED:
-            raise TypeError(f"MCMoEConfig has no option {name!r}; see its docstring for the options there are.")
-        if value is not None and value is not False:
-            raise NotImplementedError(
-                f"{name}={value!r} is not available in this release of transformers_mcmoe; leave the option out."
-            )
-
-
-def _read_plan(plan: Any) -> Plan | None:
-    if plan is None or isinstance(plan, Plan):
-        return plan
-    if isinstance(plan, Mapping):
-        return Plan.from_dict(plan)
-    path = Path(plan)
-    if not path.is_file():
-        raise ValueError(f"plan={str(path)!r} is not a file; give the path of a plan in JSON, or a dict.")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"The plan '{path}' is not JSON ({error}); write it again.") from error
-    if isinstance(data, Mapping):  # also in the config.json of a packed model, or in its report
-        data = data.get("quantization_config", data.get("config", data))
-        data = data.get("plan", data) if isinstance(data, Mapping) else data
-    return Plan.from_dict(data)
 
 
 # importing twice (a reload, a second install path) must not fail

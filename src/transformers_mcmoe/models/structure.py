@@ -79,6 +79,12 @@ class Structure:
             found.append(Matrix(path, linear.out_features, linear.in_features, bits))
         return found
 
+    def parameters(self) -> tuple[int, int]:
+        """Weights of the whole model, tied ones once, and how many tensors they are."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        sizes = [p.numel() for name, p in self.model.named_parameters() if name not in tied]
+        return sum(sizes), len(sizes)
+
     def check(self, plan: Plan) -> None:
         """Raise ValueError if a plan does not fit the model."""
         for path, experts in self.experts.items():

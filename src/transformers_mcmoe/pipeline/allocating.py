@@ -35,6 +35,7 @@ class LayerResult:
         hessian_errors: width -> sum of Tr(H) / tokens * |W' - W|^2 over the matrices of every expert.
         starved: experts that saw too few tokens to be measured on their own.
         divergence: KL divergence of the model's output, in nats per token, when all experts have the reference width.
+        learned: expert -> what learned rounding left of its output's squared error, as a share.
     """
 
     routing: RoutingStatistics | None = None
@@ -43,6 +44,7 @@ class LayerResult:
     hessian_errors: dict[int, list[float]] = field(default_factory=dict)
     starved: list[int] = field(default_factory=list)
     divergence: float | None = None
+    learned: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass

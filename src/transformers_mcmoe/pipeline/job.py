@@ -14,17 +14,20 @@ from typing import Any
 
 from torch import Tensor
 
-from transformers_mcmoe.calibration.statistics import BlockChange
+from transformers_mcmoe.calibration.hessians import ExpertHessians
+from transformers_mcmoe.calibration.statistics import BlockChange, ExpertInputs, Sample
 from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.models.stream import LayerRunner
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.pipeline.allocating import MEASURED, Allocator
+from transformers_mcmoe.pipeline.learning import learn
 from transformers_mcmoe.pipeline.measuring import Measurer
-from transformers_mcmoe.pipeline.rounding import ExpertRounder, Packed, Widths
+from transformers_mcmoe.pipeline.rounding import ROLES, ExpertRounder, Packed, Widths
 from transformers_mcmoe.pipeline.watching import Watcher
 from transformers_mcmoe.pipeline.writing import Writer
 from transformers_mcmoe.plan import ExpertWidths, Plan
 from transformers_mcmoe.progress import Meter
+from transformers_mcmoe.quantization import dequantize
 from transformers_mcmoe.workdir import WorkDir
 
 
@@ -192,14 +195,54 @@ class Job:
         if self._config.rounding == "nearest":
             passes: Iterable[Any] = [(kept, None, None)]
         else:
-            passes = self._watcher.passes(i, path, kept, True)
-        for which, hessians, _ in passes:
-            rounder = ExpertRounder(experts, which, hessians, self._config)
-            del hessians
-            same: dict[Widths, list[int]] = {}
-            for expert in which:
-                same.setdefault(pairs[expert], []).append(expert)
-            for pair, those in same.items():
-                packed |= rounder.round(those, pair)
+            passes = self._watcher.passes(i, path, kept, ROLES[:1] if self._config.sequential else ROLES)
+        for which, hessians, inputs in passes:
+            packed |= self._round_run(i, path, {expert: pairs[expert] for expert in which}, hessians, inputs)
+            for expert in which if self._config.learning_steps else []:
+                self._learn(path, expert, packed, pairs[expert], inputs.sample(expert))
             self._meter.expert_done(which[-1], experts.num_experts)
         return packed
+
+    def _round_run(
+        self,
+        i: int,
+        path: str,
+        pairs: Mapping[int, Widths],
+        hessians: ExpertHessians | None,
+        inputs: ExpertInputs,
+    ) -> dict[int, Packed]:
+        """Packed matrices of some experts at their widths; down projections make up for the rounding of what they read."""
+        experts, which = self._structure.experts[path], list(pairs)
+        rounder = ExpertRounder(experts, which, hessians.roles if hessians is not None else {}, self._config)
+        packed: dict[int, Packed] = {expert: {} for expert in which}
+        targets: dict[int, Tensor] | None = None
+        for n, role in enumerate(ROLES):
+            if role == "down" and hessians is not None and self._config.sequential:
+                del rounder
+                device = experts.matrix(0, experts.projections[0].name).device
+                columns = experts.projections[0].in_features
+                rounded = {
+                    expert: {name: dequantize(m, pairs[expert][0], columns).to(device) for name, m in matrices.items()}
+                    for expert, matrices in packed.items()
+                }
+                behind = self._watcher.behind(i, path, rounded, inputs)
+                targets = behind.targets()
+                rounder = ExpertRounder(experts, which, {role: behind.hessian}, self._config)
+                del rounded, behind
+            same: dict[int, list[int]] = {}
+            for expert, pair in pairs.items():
+                same.setdefault(pair[n], []).append(expert)
+            for bits, those in same.items():
+                for expert, matrices in rounder.round_role(role, those, bits, targets).items():
+                    packed[expert] |= matrices
+        return packed
+
+    def _learn(self, path: str, expert: int, packed: dict[int, Packed], pair: Widths, sample: Sample) -> None:
+        """Lower one expert's output error by gradient steps, and note what is left of it."""
+        experts, config = self._structure.experts[path], self._config
+        bits = {p.name: pair[p.role == "down"] for p in experts.projections}
+        packed[expert], left = learn(
+            experts, expert, packed[expert], bits, sample, config.learning_steps, config.seed + expert
+        )
+        self.layers[path].learned[expert] = left
+        self._meter.expert_done(expert, experts.num_experts)

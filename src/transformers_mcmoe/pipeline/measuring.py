@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers_mcmoe.calibration.statistics import HELD_OUT, ExpertInputs, hessian_error, output_errors
 from transformers_mcmoe.models.stream import Probes
 from transformers_mcmoe.pipeline.allocating import MEASURED, PartResult
-from transformers_mcmoe.pipeline.rounding import PLAIN, ExpertRounder, Packed
+from transformers_mcmoe.pipeline.rounding import PLAIN, ROLES, ExpertRounder, Packed
 from transformers_mcmoe.pipeline.watching import Watcher
 from transformers_mcmoe.progress import Meter
 from transformers_mcmoe.quantization import dequantize
@@ -156,12 +156,15 @@ class Measurer:
         feedback = final and config.rounding == "gptq"
         traced = config.allocation == "hessian"
         every = list(range(experts.num_experts))
-        for which, hessians, inputs in self._watcher.passes(i, path, every, feedback or traced, held_out=feedback):
+        for which, hessians, inputs in self._watcher.passes(
+            i, path, every, ROLES if feedback or traced else (), held_out=feedback
+        ):
             traces = {role: h.traces().tolist() for role, h in hessians.roles.items()} if hessians and traced else None
             grid = None if final else PLAIN
             # coordinate descent lowers all widths' errors alike, and takes its time
-            rounder = ExpertRounder(experts, which, hessians if feedback else None, config, grid, sweeps=0)
-            del hessians
+            used = hessians.roles if hessians is not None and feedback else {}
+            rounder = ExpertRounder(experts, which, used, config, grid, sweeps=0)
+            del hessians, used
             packed = {bits: rounder.round(which, (bits, bits)) for bits in config.expert_bits}
             del rounder
             for n, expert in enumerate(which):

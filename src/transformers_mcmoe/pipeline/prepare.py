@@ -6,6 +6,7 @@ Knows the model's structure and the config; it does not know weights.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from transformers_mcmoe.allocation.budget import LayerSize, expert_budgets
 from transformers_mcmoe.calibration.data import calibration_tokens
 from transformers_mcmoe.calibration.data import fingerprint as data_fingerprint
 from transformers_mcmoe.calibration.hessians import ExpertHessians
-from transformers_mcmoe.calibration.statistics import SAMPLE
 from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig, ODPConfig, OTPConfig
 from transformers_mcmoe.models.structure import Structure
+from transformers_mcmoe.plan import ExpertWidths, Plan, average_bits
+from transformers_mcmoe.progress import size
 from transformers_mcmoe.routing import check_learnable, check_prunable
 from transformers_mcmoe.version import __version__
 from transformers_mcmoe.workdir import fingerprint
@@ -28,6 +30,8 @@ from transformers_mcmoe.workdir import fingerprint
 OVERHEAD = 512 << 20
 # Hessians of small models are held together up to this size, which is part of OVERHEAD
 _LEAST_HESSIANS = 128 << 20
+# bytes of a tensor's entry in the header of a safetensors file
+_HEADER = 160
 
 
 def prepare(structure: Structure, config: MCMoEConfig) -> tuple[dict[str, int], Tensor | None]:
@@ -52,6 +56,45 @@ def prepare(structure: Structure, config: MCMoEConfig) -> tuple[dict[str, int], 
     if learns and tokens is not None and len(tokens) < 2:
         raise ValueError("otp needs two calibration sequences or more, one of them to stop its training by.")
     return budgets, tokens if needed else None
+
+
+def sized(structure: Structure, config: MCMoEConfig, dtype: torch.dtype) -> MCMoEConfig:
+    """The config with the average that its `target_size` comes to.
+
+    Args:
+        structure: the model's.
+        config: what is asked for.
+        dtype: of the weights that are not quantized, in the output.
+
+    Raises:
+        ValueError: no widths are that small.
+    """
+    if config.target_size is None or config.plan is not None:
+        return config
+    low, high = (
+        structure.matrices(
+            Plan(
+                {path: ExpertWidths.of([bits] * e.num_experts) for path, e in structure.experts.items()},
+                structure.linears,
+            )
+        )
+        for bits in (config.expert_bits[0], config.expert_bits[-1])
+    )
+    least = sum(matrix.packed_bytes(config.group_size) for matrix in low)
+    weights = sum(matrix.weights for matrix in low)
+    parameters, tensors = structure.parameters()
+    # an entry of a tensor in a file's header holds its name, shape and place
+    fixed = (parameters - weights) * dtype.itemsize + _HEADER * (tensors + len(low))
+    # scales and zeros do not depend on widths, so that bytes grow with the average
+    average = average_bits(low) + 8 * (config.target_bytes - fixed - least) / weights
+    if average < average_bits(low):
+        raise ValueError(
+            f"target_size={config.target_size!r} cannot be met: at the lowest widths the weights take "
+            f"{size(fixed + least)}, {size(fixed)} of it not quantized; raise target_size, or add a lower width."
+        )
+    config = copy.copy(config)
+    config.bits = min(average, average_bits(high))
+    return config
 
 
 def budgets_of(structure: Structure, config: MCMoEConfig) -> dict[str, int]:
@@ -100,12 +143,12 @@ def tokens_for(model: Any, config: MCMoEConfig) -> Tensor:
 def _check_at_least(config: MCMoEConfig, sizes: Sequence[LayerSize], budgets: Sequence[int]) -> None:
     """Raise ValueError if a layer's budget cannot give `at_least` experts their widths."""
     asked = sum(config.at_least.values())
-    for size, budget in zip(sizes, budgets, strict=True):
+    for layer, budget in zip(sizes, budgets, strict=True):
         least = sum(bits * count for bits, count in config.at_least.items())
-        least += config.expert_bits[0] * (size.num_experts - asked)
-        if asked > size.num_experts or least > budget:
+        least += config.expert_bits[0] * (layer.num_experts - asked)
+        if asked > layer.num_experts or least > budget:
             raise ValueError(
-                f"at_least={config.at_least} cannot be met: a layer of {size.num_experts} experts has {budget} bits at "
+                f"at_least={config.at_least} cannot be met: a layer of {layer.num_experts} experts has {budget} bits at "
                 f"bits={config.bits}, but that takes {least}; ask for fewer, or raise bits."
             )
 
@@ -152,10 +195,11 @@ def memory_parts(structure: Structure, dtype: torch.dtype) -> tuple[int, int, in
     return layer, max(4 * layer, 2 * layer + 4 * single), rest
 
 
-def disk_need(structure: Structure, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that hidden states, samples of experts' inputs and packed layers (at 4 bits) take at most."""
+def disk_need(structure: Structure, tokens: int, dtype: torch.dtype, sample: int) -> int:
+    """Bytes that hidden states, samples of experts' inputs and packed layers (at 4 bits) take at most; `sample` inputs are
+    kept of an expert."""
     hidden = next(iter(structure.experts.values())).projections[0].in_features
-    samples = SAMPLE * max(experts.num_experts for experts in structure.experts.values())
+    samples = sample * max(experts.num_experts for experts in structure.experts.values())
     weights = sum(structure.linear_weights().values())
     weights += sum(structure.expert_weights(path) * e.num_experts for path, e in structure.experts.items())
     return (tokens + samples) * hidden * dtype.itemsize + weights // 2

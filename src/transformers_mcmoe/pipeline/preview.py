@@ -23,7 +23,8 @@ from transformers_mcmoe.calibration.statistics import SAMPLE
 from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.pipeline.allocating import MEASURED
-from transformers_mcmoe.pipeline.prepare import OVERHEAD, budgets_of, disk_need, hessian_memory, memory_parts
+from transformers_mcmoe.pipeline.learning import sample_size
+from transformers_mcmoe.pipeline.prepare import OVERHEAD, budgets_of, disk_need, hessian_memory, memory_parts, sized
 from transformers_mcmoe.pipeline.rounding import ROWS, grid_of
 from transformers_mcmoe.plan import ExpertWidths, Plan, average_bits, bits_per_weight
 from transformers_mcmoe.quantization import Factor, gptq, group_size_for, quantize
@@ -81,6 +82,7 @@ def preview(model: Any, config: MCMoEConfig, *, dtype: torch.dtype) -> Preview:
     structure = Structure(
         copy.deepcopy(model), config.attention_bits, config.shared_expert_bits, config.modules_to_not_convert
     )
+    config = sized(structure, config, dtype)
     budgets = budgets_of(structure, config)
     hessian_memory(structure, config, dtype)  # refuses a max_memory that is too small
     plan = config.plan or Plan(
@@ -93,7 +95,7 @@ def preview(model: Any, config: MCMoEConfig, *, dtype: torch.dtype) -> Preview:
     matrices = structure.matrices(plan if plan.linears else Plan(plan.experts, structure.linears))
     weights = sum(matrix.weights for matrix in matrices)
     packed = sum(matrix.packed_bytes(config.group_size) for matrix in matrices)
-    parameters = sum(parameter.numel() for parameter in structure.model.parameters())
+    parameters, _ = structure.parameters()
     _, held, rest = memory_parts(structure, dtype)
     tokens = config.num_samples * config.seq_len
     return Preview(
@@ -106,7 +108,7 @@ def preview(model: Any, config: MCMoEConfig, *, dtype: torch.dtype) -> Preview:
         total_bytes=packed + dtype.itemsize * (parameters - weights),
         dense_bytes=2 * weights + dtype.itemsize * (parameters - weights),
         memory_bytes=held + rest + OVERHEAD,
-        disk_bytes=disk_need(structure, tokens, dtype),
+        disk_bytes=disk_need(structure, tokens, dtype, sample_size(config)),
         seconds=_Clock(structure, config, dtype).seconds(),
     )
 

@@ -35,6 +35,7 @@ PLAIN = Grid(fit="minmax", integer_zeros=True)
 Packed = dict[str, Tensor]
 # widths of an expert's projections by role
 Widths = tuple[int, int]
+ROLES = ("gate_up", "down")
 
 
 class ExpertRounder:
@@ -43,7 +44,7 @@ class ExpertRounder:
     Args:
         experts: the module's adapter, with dense weights.
         which: the experts.
-        hessians: theirs, which are used up; None rounds to nearest.
+        hessians: theirs by role, which are used up; {} rounds to nearest.
         config: group size, grids, damping.
         grid: how grids are chosen; default the config's.
         sweeps: of coordinate descent; default the config's.
@@ -53,7 +54,7 @@ class ExpertRounder:
         self,
         experts: Experts,
         which: Sequence[int],
-        hessians: ExpertHessians | None,
+        hessians: Mapping[str, Hessian],
         config: MCMoEConfig,
         grid: Grid | None = None,
         sweeps: int | None = None,
@@ -62,27 +63,41 @@ class ExpertRounder:
         self._grid = grid or grid_of(config)
         self._sweeps = config.sweeps if sweeps is None else sweeps
         self._factors: dict[str, Factor] = {}
-        for role, hessian in (hessians.roles if hessians is not None else {}).items():
+        for role, hessian in hessians.items():
             self._factors[role] = _factor(hessian.total, config, f"{experts.path} ({role})")
 
     def round(self, which: Sequence[int], widths: Widths) -> dict[int, Packed]:
         """Packed matrices of some of the experts at one pair of widths (gate_up, down)."""
         packed: dict[int, Packed] = {expert: {} for expert in which}
-        for role, bits in zip(("gate_up", "down"), widths, strict=True):
-            names = [p for p in self._experts.projections if p.role == role]
-            rows = sum(p.out_features for p in names)
-            # nearest rounding works row by row, GPTQ column by column: many small, or few large steps
-            together = max(1, ROWS // rows if self._factors else CHUNK // (rows * names[0].in_features))
-            for start in range(0, len(which), together):
-                part = list(which[start : start + together])
-                weight = torch.stack(
-                    [torch.cat([self._experts.matrix(expert, p.name) for p in names]) for expert in part]
-                )
-                matrices = pack(self._quantize(weight, role, part, bits)).cpu().unflatten(0, (len(part), rows))
-                for expert, matrix in zip(part, matrices, strict=True):
-                    for p, own in zip(names, matrix.split([p.out_features for p in names]), strict=True):
-                        packed[expert][p.name] = own.clone()
-                return_free_memory()
+        for role, bits in zip(ROLES, widths, strict=True):
+            for expert, matrices in self.round_role(role, which, bits).items():
+                packed[expert] |= matrices
+        return packed
+
+    def round_role(
+        self, role: str, which: Sequence[int], bits: int, targets: Mapping[int, Tensor] | None = None
+    ) -> dict[int, Packed]:
+        """Packed matrices of one role of some of the experts; `targets` [rows, in] are rounded in place of their own."""
+        packed: dict[int, Packed] = {expert: {} for expert in which}
+        names = [p for p in self._experts.projections if p.role == role]
+        rows = sum(p.out_features for p in names)
+        # nearest rounding works row by row, GPTQ column by column: many small, or few large steps
+        together = max(1, ROWS // rows if self._factors else CHUNK // (rows * names[0].in_features))
+        for start in range(0, len(which), together):
+            part = list(which[start : start + together])
+            weight = torch.stack(
+                [
+                    torch.cat([self._experts.matrix(expert, p.name) for p in names])
+                    if targets is None
+                    else targets[expert]
+                    for expert in part
+                ]
+            )
+            matrices = pack(self._quantize(weight, role, part, bits)).cpu().unflatten(0, (len(part), rows))
+            for expert, matrix in zip(part, matrices, strict=True):
+                for p, own in zip(names, matrix.split([p.out_features for p in names]), strict=True):
+                    packed[expert][p.name] = own.clone()
+            return_free_memory()
         return packed
 
     def _quantize(self, weight: Tensor, role: str, part: list[int], bits: int) -> Quantized:

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from transformers_mcmoe.calibration.hessians import ExpertHessians
+from transformers_mcmoe.calibration.hessians import DownHessians, ExpertHessians
 from transformers_mcmoe.calibration.statistics import ExpertInputs, LayerTokens
 from transformers_mcmoe.config import MCMoEConfig, ODPConfig, OTPConfig
 from transformers_mcmoe.memory import return_free_memory
 from transformers_mcmoe.models.stream import LayerRunner
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.pipeline.allocating import MEASURED, LayerResult
+from transformers_mcmoe.pipeline.learning import sample_size
 from transformers_mcmoe.pipeline.rounding import chunks, round_linears
 from transformers_mcmoe.routing import RoutingRatios, check_top_k, record_routing
 from transformers_mcmoe.workdir import WorkDir
@@ -63,17 +64,17 @@ class Watcher:
         return round_linears(self.runner, i, widths, experts, self.config, self._limit, unreached)
 
     def passes(
-        self, i: int, path: str, which: list[int], counting: bool, held_out: bool = False
+        self, i: int, path: str, which: list[int], roles: Sequence[str], held_out: bool = False
     ) -> Iterator[tuple[list[int], ExpertHessians | None, ExpertInputs]]:
-        """Runs of experts, with their Hessians if these are asked for, and the samples of all experts' inputs.
+        """Runs of experts, with their Hessians of the roles that are asked for, and samples of all experts' inputs.
 
         The first pass over the tokens counts routing, too; each further run of experts costs one more pass. With
         `held_out`, some sequences are kept from the Hessians, and the samples are drawn from those alone.
         """
         experts = self.structure.experts[path]
         inputs: ExpertInputs | None = None
-        for run in chunks(experts, which, self._limit) if counting else [which]:
-            counted = ExpertHessians(experts, run) if counting else None
+        for run in chunks(experts, which, self._limit) if roles else [which]:
+            counted = ExpertHessians(experts, run, roles) if roles else None
             if inputs is None:
                 inputs = self.observe(i, path, counted, held_out)
             elif counted is not None:
@@ -86,8 +87,24 @@ class Watcher:
             del counted
             return_free_memory()
 
+    def behind(
+        self, i: int, path: str, rounded: Mapping[int, Mapping[str, Tensor]], inputs: ExpertInputs
+    ) -> DownHessians:
+        """Hessians of the down projections of experts whose input projections are rounded; one more pass."""
+        counted = DownHessians(self.structure.experts[path], rounded)
+        self._watch(i, path, counted, None, False)
+        for expert in (expert for expert in rounded if inputs.is_starved(expert)):
+            counted.clear(expert)
+            counted.record(expert, inputs.sample(expert).x)
+        return counted
+
     def _watch(
-        self, i: int, path: str, hessians: ExpertHessians | None, inputs: ExpertInputs | None, held_out: bool
+        self,
+        i: int,
+        path: str,
+        hessians: ExpertHessians | DownHessians | None,
+        inputs: ExpertInputs | None,
+        held_out: bool,
     ) -> None:
         """Run layer i with idle experts and record what reaches them."""
         experts, tokens = self.structure.experts[path], LayerTokens()
@@ -106,7 +123,8 @@ class Watcher:
     def observe(self, i: int, path: str, hessians: ExpertHessians | None, held_out: bool = False) -> ExpertInputs:
         """Run layer i with idle experts; count and sample what reaches them."""
         experts, result = self.structure.experts[path], self.layers[path]
-        inputs = ExpertInputs(experts.num_experts, self._work.path / "expert_inputs.bin", self.config.seed)
+        path_of = self._work.path / "expert_inputs.bin"
+        inputs = ExpertInputs(experts.num_experts, path_of, self.config.seed, sample_size(self.config))
         ratios = RoutingRatios(experts.num_experts)
         with record_routing(experts.module, experts, ratios):
             self._watch(i, path, hessians, inputs, held_out)

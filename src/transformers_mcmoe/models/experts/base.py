@@ -59,8 +59,11 @@ class Experts(ABC):
         """Output [n, H] of one expert for tokens [n, H], with its own or the given matrices [out, in]."""
 
     @abstractmethod
-    def inputs(self, expert: int, x: Tensor) -> dict[str, Tensor]:
-        """What the matrices of each role read for tokens `x` [n, H]: "gate_up" -> [n, H], "down" -> [n, I]."""
+    def inputs(self, expert: int, x: Tensor, matrices: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """What the matrices of each role read for tokens `x` [n, H]: "gate_up" -> [n, H], "down" -> [n, I].
+
+        `matrices` [out, in] replace the expert's own; they hold its input projections at least.
+        """
 
     def tensor(self, expert: int, leaf: str) -> str:
         """Module path of an expert's packed matrix."""

@@ -79,8 +79,8 @@ class FusedExperts(Experts):
     def run(self, expert: int, x: Tensor, matrices: Mapping[str, Tensor] | None = None) -> Tensor:
         return self.combine(x, partial(self._linear, expert, matrices))
 
-    def inputs(self, expert: int, x: Tensor) -> dict[str, Tensor]:
-        return {"gate_up": x, "down": self.inner(x, partial(self._linear, expert, None))}
+    def inputs(self, expert: int, x: Tensor, matrices: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        return {"gate_up": x, "down": self.inner(x, partial(self._linear, expert, matrices))}
 
     def _linear(self, expert: int, matrices: Mapping[str, Tensor] | None, x: Tensor, projection: str) -> Tensor:
         weight = matrices[projection] if matrices is not None else self.matrix(expert, projection).to(x.dtype)

@@ -60,7 +60,7 @@ class ListExperts(Experts):
         state |= {f"{name}.weight": matrix for name, matrix in (matrices or {}).items()}
         return torch.func.functional_call(self._bare[expert], state, (x,))
 
-    def inputs(self, expert: int, x: Tensor) -> dict[str, Tensor]:
+    def inputs(self, expert: int, x: Tensor, matrices: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         seen: dict[str, Tensor] = {}
 
         def hook(role: str) -> Any:
@@ -73,7 +73,7 @@ class ListExperts(Experts):
             for p in self.projections:
                 linear = self._bare[expert].get_submodule(p.name)
                 stack.enter_context(linear.register_forward_pre_hook(hook(p.role)))
-            self.run(expert, x)
+            self.run(expert, x, matrices)
         return {role: value.reshape(-1, value.shape[-1]) for role, value in seen.items()}
 
     @contextmanager
