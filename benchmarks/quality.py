@@ -20,11 +20,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 DOCS = Path(__file__).parent.parent / "docs" / "quality.md"
 BASE: dict[str, Any] = {"expert_bits": (1, 2, 3, 4)}
+TWO: dict[str, Any] = {"allocation": "uniform", "expert_bits": (2,)}
 ROWS: dict[str, dict[str, Any]] = {
     "default": {},
     "preset best": BASE | {"preset": "best"},
     "preset fast": BASE | {"preset": "fast"},
     "PMQ, layers compared by the output's KL": BASE | {"sensitivity": "kl"},
+    "PMQ, a width per projection": BASE | {"granularity": "projection"},
     "PMQ, no descent": BASE | {"sweeps": 0},
     "PMQ, matrices by themselves": BASE | {"sequential": False},
     "PMQ, both left out": BASE | {"sweeps": 0, "sequential": False},
@@ -42,8 +44,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "bsp, 1 and 2 bits": {"allocation": "bsp", "expert_bits": (1, 2)},
     "PMQ, rounded to nearest": BASE | {"rounding": "nearest"},
     "uniform, rounded to nearest": BASE | {"allocation": "uniform", "rounding": "nearest"},
-    "all experts at 2 bits": {"allocation": "uniform", "expert_bits": (2,)},
-    "all experts at 2 bits, act_order off": {"allocation": "uniform", "expert_bits": (2,), "act_order": False},
+    "all experts at 2 bits": TWO,
+    "all experts at 2 bits, no descent": TWO | {"sweeps": 0},
+    "all experts at 2 bits, matrices by themselves": TWO | {"sequential": False},
+    "all experts at 2 bits, both left out": TWO | {"sweeps": 0, "sequential": False},
+    "all experts at 2 bits, act_order off": TWO | {"act_order": False},
 }
 
 
@@ -134,12 +139,13 @@ def _append(options: argparse.Namespace, measured: dict[str, Any]) -> None:
 
 
 def write_docs() -> None:
-    """docs/quality.md: one table per model, layers and budget, the newest row of each name."""
+    """docs/quality.md: one table per model, layers and budget, the newest row of each name; the newest models first."""
     rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-    newest = {(row["model"], row["layers"], row["bits"], row["row"]): row for row in rows}
+    newest = {(_build(row), row["layers"], row["bits"], row["row"]): row for row in rows}
+    builds = list(dict.fromkeys(_build(row) for row in reversed(rows)))
     parts = [HEAD]
-    for key in dict.fromkeys(key[:3] for key in newest):
-        model, layers, bits = key
+    for key in sorted(dict.fromkeys(key[:3] for key in newest), key=lambda key: builds.index(key[0])):
+        (model, _), layers, bits = key
         table = sorted((row for k, row in newest.items() if k[:3] == key), key=lambda row: row["kl"])
         first = next(row for row in table if "calibration_tokens" in row)
         protocol = first["protocol"]
@@ -158,6 +164,11 @@ def write_docs() -> None:
         parts += [_line(row) for row in table]
         parts.append("")
     DOCS.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _build(row: dict[str, Any]) -> tuple[str, float]:
+    """A dense model: its name, and its perplexity, as what a builder gives depends on the machine's arithmetic."""
+    return row["model"], round(row["reference_perplexity"], 2)
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -67,6 +67,7 @@ def test_defaults():
         "beta": 0.0,
         "gamma": 2.0,
         "eps": "final",
+        "granularity": "expert",
         "sensitivity": "hidden",
         "at_least": {},
         "preset": None,
@@ -78,7 +79,6 @@ def test_defaults():
         "damping": 0.01,
         "sequential": True,
         "sweeps": 2,
-        "learning_steps": 0,
         "activations": "compressed",
         "dataset": None,
         "num_samples": 128,
@@ -127,8 +127,8 @@ def test_every_option_is_in_the_round_trip():
         "format_version",
         "average_bits",
         "preset",
-        "learning_steps",  # goes with none of the grids above
-        "sensitivity",  # nor does its other value with a budget per layer
+        "sensitivity",  # its other value, and that of granularity, go with one budget for the model
+        "granularity",
     } | {"bits"}
     defaults = MCMoEConfig()
     assert all(getattr(defaults, name) != value for name, value in OPTIONS.items())
@@ -224,8 +224,14 @@ def test_runtime_options_are_kept_in_memory(tmp_path: Path):
         ({"act_order": None}, "act_order=None is not valid"),
         ({"damping": 1.5}, r"damping=1\.5 is not valid: it must be in \[0, 1\)"),
         ({"activations": "raw"}, r"activations='raw' is not valid: it must be one of \('compressed', 'dense'\)"),
-        ({"preset": "quick"}, r"preset='quick' is not valid: it must be one of \('fast', 'default', 'best', 'paper'\)"),
-        ({"sensitivity": "kl", "budget": "layer"}, "sensitivity='kl' is not valid: it must be used with allocation='pmq'"),
+        (
+            {"preset": "quick"},
+            r"preset='quick' is not valid: it must be one of \('fast', 'default', 'best', 'paper'\)",
+        ),
+        (
+            {"sensitivity": "kl", "budget": "layer"},
+            "sensitivity='kl' is not valid: it must be used with allocation='pmq'",
+        ),
         ({"attention_bits": (4, 8)}, "must be one width with at_least or without sensitivity='kl'"),
         ({"attention_bits": (8, 4), "sensitivity": "kl"}, "must be distinct ascending widths"),
         ({"target_size": "big"}, "target_size='big' is not valid: it must be bytes, or a string like '12GB'"),

@@ -9,7 +9,14 @@ from tiny import save_dense, tiny_model, tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from transformers_mcmoe.calibration.hessians import ExpertHessians, Hessian, observe_linears, probe_inputs
+from transformers_mcmoe.calibration.hessians import (
+    RIDGE,
+    DownHessians,
+    ExpertHessians,
+    Hessian,
+    observe_linears,
+    probe_inputs,
+)
 from transformers_mcmoe.calibration.statistics import BlockChange, hessian_error
 from transformers_mcmoe.models.experts import ListExperts, find_experts
 
@@ -147,3 +154,31 @@ def test_hessian_error():
     matrices = {p.name: experts.matrix(0, p.name) + 0.5 for p in experts.projections}
     error = hessian_error(experts, 0, matrices, {"gate_up": 3.0, "down": 2.0})
     assert error == pytest.approx(0.25 * (3.0 * 2 * 8 * 12 + 2.0 * 8 * 12))
+
+
+def test_down_projections_make_up_for_what_they_read():
+    experts = ListExperts("experts", nn.ModuleList(Expert() for _ in range(2)))
+    rounded = {1: {name: experts.matrix(1, name).float().mul(4).round() / 4 for name in ("w1", "w3")}}
+    x = _random(200, 8)
+    counted = DownHessians(experts, rounded)
+    for part in x.split(50):
+        counted.record(1, part)
+    counted.record(0, x)  # not one of its experts
+    down = experts.matrix(1, "w2").double()
+    wanted = experts.inputs(1, x)["down"].double() @ down.T
+    now = experts.inputs(1, x, rounded[1])["down"].double()
+    torch.testing.assert_close(counted.hessian.total[0].double(), now.T @ now, rtol=1e-4, atol=1e-4)
+    # ridge regression towards the dense matrix
+    ridge = RIDGE * (now.T @ now).diagonal().mean() * torch.eye(12, dtype=torch.float64)
+    solved = torch.linalg.solve(now.T @ now + ridge, now.T @ wanted + ridge @ down.T).T
+    target = counted.targets()[1]
+    torch.testing.assert_close(target.double(), solved, rtol=1e-3, atol=1e-4)
+    assert (now @ target.double().T - wanted).norm() < 0.9 * (now @ down.T - wanted).norm()
+
+
+def test_down_projections_of_experts_without_tokens_stay():
+    experts = ListExperts("experts", nn.ModuleList(Expert() for _ in range(2)))
+    counted = DownHessians(experts, {0: {name: experts.matrix(0, name) for name in ("w1", "w3")}})
+    counted.record(0, _random(20, 8))
+    counted.clear(0)
+    assert torch.equal(counted.targets()[0], experts.matrix(0, "w2"))

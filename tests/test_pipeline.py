@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import compressed, quick_config, save_dense, tokens
+from transformers import AutoModel
 
 from transformers_mcmoe import MCMoEConfig, compression_report
 from transformers_mcmoe.allocation import solve
@@ -43,7 +44,8 @@ def _cost(report, path, alpha=0.0, beta=0.0, gamma=2.0):
 
 @pytest.mark.parametrize("exponents", [{}, {"alpha": 1.0, "beta": 1.5, "gamma": 1.0}])
 def test_plan_is_the_programs_answer_on_the_reported_costs(dense, exponents):
-    report = compression_report(compressed(dense, quick_config(**CALIBRATION, **exponents)))
+    # on dense activations both passes see the same routing
+    report = compression_report(compressed(dense, quick_config(**CALIBRATION, **exponents, activations="dense")))
     for path in PATHS:
         price = np.tile([1.0, 2.0, 3.0], (8, 1))
         choice = solve(_cost(report, path, **exponents), price, _total(report, path))
@@ -199,3 +201,50 @@ def test_progress_reaches_the_end(dense):
     assert [step.stage for step in steps if step.layer == step.layers] == ["allocate", "quantize"]
     assert {step.expert for step in steps} >= set(range(9))
     assert all(step.memory > 0 for step in steps)
+
+
+def _files(folder):
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.3])
+@pytest.mark.parametrize("allocation", ["pmq", "uniform"])
+def test_target_size_is_met_and_used(dense, tmp_path, share, allocation):
+    most = int(_files(dense) * share)
+    options = {"dataset": tokens(8, 32), "num_samples": 8, "target_size": most, "allocation": allocation}
+    config = MCMoEConfig(**options, expert_bits=(1, 2, 3, 4, 8), progress=lambda _: None)
+    model = compressed(dense, config)
+    model.save_pretrained(tmp_path / "packed")
+    assert 0.97 * most < _files(tmp_path / "packed") <= most
+    assert model.config.quantization_config.bits == pytest.approx(compression_report(model)["average_bits"], abs=1e-5)
+
+
+def test_target_size_that_is_too_small_is_refused_with_what_there_is(dense):
+    with pytest.raises(ValueError, match=r"target_size='5KB' cannot be met: at the lowest widths the weights take"):
+        compressed(dense, MCMoEConfig(target_size="5KB", dataset=tokens(8, 32), num_samples=8))
+
+
+def test_attention_is_given_more_bits_where_the_output_asks_for_them(dense):
+    options = CALIBRATION | {"attention_bits": (2, 4, 8), "sensitivity": "kl"}
+    model = compressed(dense, quick_config(**options))
+    report, plan = compression_report(model), model.config.quantization_config.plan
+    assert report["average_bits"] <= 2.5
+    assert set(plan.linears.values()) <= {2, 4, 8}
+    for layer in range(2):  # the projections of an attention go together
+        assert len({bits for path, bits in plan.linears.items() if f".{layer}.self_attn" in path}) == 1
+
+
+def test_models_without_a_head_compare_layers_by_hidden_states(dense, caplog):
+    config = quick_config(**CALIBRATION, sensitivity="kl")
+    model = AutoModel.from_pretrained(dense, quantization_config=config, dtype=torch.float32)
+    assert "has no output head" in caplog.text
+    assert any("no output head" in reason for reason in compression_report(model)["fallbacks"])
+
+
+def test_projections_may_have_widths_of_their_own(dense):
+    options = CALIBRATION | {"granularity": "projection", "expert_bits": (1, 2, 3, 4)}
+    reports = [compression_report(compressed(dense, quick_config(**options | {"bits": bits}))) for bits in (2.1, 2.5)]
+    assert all(bits - 0.05 < r["average_bits"] <= bits for r, bits in zip(reports, (2.1, 2.5), strict=True))
+    assert any(report["expert_bits"] != report["down_bits"] for report in reports)
+    with pytest.raises(ValueError, match="granularity='projection' is not valid"):
+        quick_config(granularity="projection", budget="layer")

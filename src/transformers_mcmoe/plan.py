@@ -14,6 +14,8 @@ from typing import Any
 from transformers_mcmoe.quantization.packing import WIDTHS, packed_shape
 
 PLAN_VERSION = 1
+# what an expert's matrices are: those that read the hidden state, and the one that writes to it
+ROLES = ("gate_up", "down")
 _LAYER = re.compile(r"\.(\d+)\.")
 
 

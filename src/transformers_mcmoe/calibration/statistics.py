@@ -70,18 +70,18 @@ class Sample:
 class ExpertInputs:
     """Counts the tokens that reach each expert and keeps a uniform sample of them (reservoir sampling).
 
-    The sample lies in a memory-mapped file, [E, most, H]. An expert that gets at most so many tokens keeps them all.
+    The sample lies in a memory-mapped file, [E, SAMPLE, H]. An expert that gets at most SAMPLE tokens keeps them all.
 
     Attributes:
         routing: the counts.
     """
 
-    def __init__(self, num_experts: int, path: Path, seed: int, most: int | None = None) -> None:
+    def __init__(self, num_experts: int, path: Path, seed: int) -> None:
         self.routing = RoutingStatistics.zeros(num_experts)
-        self._path, self._most = path, most or SAMPLE
+        self._path = path
         self._x: Tensor | None = None
-        self._weight = torch.zeros(num_experts, self._most)
-        self._norm = torch.zeros(num_experts, self._most)
+        self._weight = torch.zeros(num_experts, SAMPLE)
+        self._norm = torch.zeros(num_experts, SAMPLE)
         self._seen = torch.zeros(num_experts, dtype=torch.int64)  # tokens that the sample was drawn from
         self._random = torch.Generator().manual_seed(seed)
 
@@ -116,10 +116,10 @@ class ExpertInputs:
             self._x = mapped_tensor(self._path, (*self._weight.shape, x.shape[1]), x.dtype)
         order = torch.arange(n) + self._seen[expert]
         draw = (torch.rand(n, generator=self._random, dtype=torch.float64) * (order + 1)).long()
-        slot = torch.where(order < self._most, order, draw)
+        slot = torch.where(order < SAMPLE, order, draw)
         # several tokens may draw one slot: the last of them stays
-        last = torch.full((self._most,), -1).scatter_reduce(
-            0, slot.clamp(max=self._most - 1), torch.where(slot < self._most, torch.arange(n), -1), "amax"
+        last = torch.full((SAMPLE,), -1).scatter_reduce(
+            0, slot.clamp(max=SAMPLE - 1), torch.where(slot < SAMPLE, torch.arange(n), -1), "amax"
         )
         kept = torch.nonzero(last >= 0).flatten()
         self._x[expert, kept] = x[last[kept].to(x.device)].cpu()
@@ -145,9 +145,9 @@ class ExpertInputs:
             raise ValueError("No calibration token reached any expert of this layer; use other calibration text.")
         count = int(tokens[expert])
         if not self.is_starved(expert):
-            n = min(int(self._seen[expert]), self._most)
+            n = min(int(self._seen[expert]), SAMPLE)
             return Sample(self._x[expert, :n], self._weight[expert, :n], self._norm[expert, :n], count / n)
-        share = max(1, self._most // (4 * len(tokens)))
+        share = max(1, SAMPLE // (4 * len(tokens)))
         counts = [min(n, share) for n in self._seen.tolist()]
         x = torch.cat([self._x[e, :n] for e, n in enumerate(counts)])
         norm = torch.cat([self._norm[e, :n] for e, n in enumerate(counts)])
@@ -206,6 +206,29 @@ class LayerTokens:
         return sequence % step == step - 1
 
 
+class OutputNorms:
+    """The norms of the hidden states that a decoder layer returns."""
+
+    def __init__(self) -> None:
+        self._norms: list[Tensor] = []
+
+    @property
+    def median(self) -> float:
+        """Over all tokens seen; attention sinks, whose norms are huge, do not move it."""
+        return float(torch.cat(self._norms).median())
+
+    @contextmanager
+    def observe(self, layer: nn.Module) -> Iterator[None]:
+        """While open, every call of the layer is looked at; its first output is [.., H]."""
+
+        def measure(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            y = output[0] if isinstance(output, tuple) else output
+            self._norms.append(y.detach().to(torch.float32).norm(dim=-1).flatten().cpu())
+
+        with layer.register_forward_hook(measure):
+            yield
+
+
 @dataclass
 class BlockChange:
     """How much a MoE block changes its input: sums of the cosine between a token's input and output.
@@ -238,19 +261,6 @@ class BlockChange:
             yield
 
 
-def token_factors(dense: Tensor, sample: Sample) -> Tensor:
-    """What a token's squared change of an expert's output counts, [n] float64; see `relative` of `output_errors`.
-
-    Args:
-        dense: [n, H] the expert's dense outputs.
-        sample: its inputs.
-    """
-    weight = sample.weight.to(dense.device, torch.float64).square()
-    own = dense.square().sum(-1).to(torch.float64) * weight
-    entered = (own + sample.norm.to(dense.device, torch.float64).square()).sqrt().clamp(min=1e-15)
-    return weight / (entered * entered.median())
-
-
 def output_errors(
     experts: Experts, expert: int, sample: Sample, candidates: Iterable[Mapping[str, Tensor]], relative: bool = False
 ) -> list[float]:
@@ -275,7 +285,12 @@ def output_errors(
     device = experts.matrix(expert, experts.projections[0].name).device
     x, weight = sample.x.to(device, torch.float32), sample.weight.to(device, torch.float64)
     dense = experts.run(expert, x)
-    factor = token_factors(dense, sample) if relative else weight.square()
+    if relative:
+        own = dense.square().sum(-1).to(torch.float64) * weight.square()
+        entered = (own + sample.norm.to(device, torch.float64).square()).sqrt().clamp(min=1e-15)
+        factor = weight.square() / (entered * entered.median())
+    else:
+        factor = weight.square()
     errors = []
     for matrices in candidates:
         change = experts.run(expert, x, {name: matrix.to(device) for name, matrix in matrices.items()}).sub_(dense)

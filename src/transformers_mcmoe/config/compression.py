@@ -25,6 +25,7 @@ from transformers_mcmoe.config.values import (
     ALLOCATIONS,
     BUDGETS,
     ERRORS,
+    GRANULARITIES,
     NEEDS_MODEL,
     PRESETS,
     RESERVED,
@@ -78,6 +79,8 @@ class MCMoEConfig(QuantizationConfigMixin):
         gamma: exponent of the error eps.
         eps: "final" measures errors with the quantizer that is used, on sequences kept from its Hessians, relative to
             the hidden states; "nearest" with plain rounding over the whole range, absolute, as the papers do.
+        granularity: "expert" gives all matrices of an expert one width; "projection" chooses for gate and up, and for down,
+            apart (for "pmq" with eps="final" and budget="model", without at_least).
         sensitivity: how errors of layers compare under one budget for the model: "hidden" takes them as they are, relative to
             the hidden states; "kl" measures how much the output of the dense model changes when a layer's experts, or its
             attention, are rounded (docs/quality.md has where it loses).
@@ -94,8 +97,6 @@ class MCMoEConfig(QuantizationConfigMixin):
         sequential: down projections are fitted and rounded behind the rounded gate and up projections, whose errors they
             make up for; one more pass over a layer.
         sweeps: rounds of coordinate descent over codes and grids that follow GPTQ; 0 for none.
-        learning_steps: gradient steps on the output of each expert that move its codes and grids together, after all else
-            (SignRound, arXiv 2309.05516); 0 for none.
         activations: a layer is calibrated on what the "compressed" layers before it return, or the "dense" ones.
         dataset: calibration text: Hub id "org/name[:subset[:split[:field]]]" or a dict with path, subset, split,
             field; a local .txt, .jsonl or .parquet file; a list of strings; or token ids [N, T]. Default: C4.
@@ -135,6 +136,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         beta: float = 0.0,
         gamma: float = 2.0,
         eps: str = "final",
+        granularity: str = "expert",
         sensitivity: str = "hidden",
         at_least: Mapping[int, int] | None = None,
         preset: str | None = None,
@@ -146,7 +148,6 @@ class MCMoEConfig(QuantizationConfigMixin):
         damping: float = 0.01,
         sequential: bool = True,
         sweeps: int = 2,
-        learning_steps: int = 0,
         activations: str = "compressed",
         dataset: Any = None,
         num_samples: int = 128,
@@ -166,7 +167,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # a plain string, as for any external method
         self.bits, self.target_size = bits, target_size
         self.expert_bits = tuple(expert_bits) if isinstance(expert_bits, Sequence) else expert_bits
-        self.sensitivity = sensitivity
+        self.sensitivity, self.granularity = sensitivity, granularity
         self.attention_bits, self.shared_expert_bits = as_widths(attention_bits), as_widths(shared_expert_bits)
         self.group_size = group_size
         self.budget = budget
@@ -180,7 +181,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         self.fit, self.symmetric, self.integer_zeros = fit, symmetric, integer_zeros
         self.act_order, self.damping = act_order, damping
         self.sequential = sequential
-        self.sweeps, self.learning_steps = sweeps, learning_steps
+        self.sweeps = sweeps
         self.activations = activations
         self.dataset = dataset
         self.num_samples = num_samples
@@ -250,18 +251,18 @@ class MCMoEConfig(QuantizationConfigMixin):
             "fit": FITS,
             "activations": ACTIVATIONS,
             "sensitivity": SENSITIVITIES,
+            "granularity": GRANULARITIES,
         }
         for name, allowed in choices.items():
             check(getattr(self, name) in allowed, name, getattr(self, name), f"one of {allowed}")
         for name in ("symmetric", "integer_zeros", "act_order", "sequential"):
             check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         check(isinstance(self.damping, int | float) and 0 <= self.damping < 1, "damping", self.damping, "in [0, 1)")
-        for name in ("sweeps", "learning_steps"):
-            value = getattr(self, name)
-            check(isinstance(value, int) and value >= 0, name, value, "an integer >= 0")
-        plain = not (self.symmetric or self.integer_zeros) and self.rounding == "gptq"
-        wanted = "0 with symmetric or integer_zeros grids or rounding='nearest': it moves zeros freely"
-        check(plain or self.learning_steps == 0, "learning_steps", self.learning_steps, wanted)
+        whole = self.relative_errors and self.budget == "model" and not self.at_least
+        check(
+            self.granularity == "expert" or whole, "granularity", self.granularity, f"{NEEDS_MODEL}, without at_least"
+        )
+        check(isinstance(self.sweeps, int) and self.sweeps >= 0, "sweeps", self.sweeps, "an integer >= 0")
         Grid(self.fit, self.symmetric, self.integer_zeros)  # refuses what does not go together
         if self.allocation == "bsp":
             pair = self.budget == "model" and len(self.expert_bits) == 2 and not self.at_least

@@ -18,12 +18,13 @@ ROUNDINGS = ("gptq", "nearest")
 ERRORS = ("final", "nearest")
 ACTIVATIONS = ("compressed", "dense")
 SENSITIVITIES = ("kl", "hidden")
+GRANULARITIES = ("expert", "projection")
 NEEDS_MODEL = "used with allocation='pmq', eps='final' and budget='model'"
 # what a preset sets; the options it names cannot be given beside it
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"allocation": "uniform", "sequential": False, "sweeps": 0, "num_samples": 32},
     "default": {},
-    "best": {"sweeps": 8, "learning_steps": 60},
+    "best": {"sweeps": 8},
     "paper": {
         "allocation": "pmq",
         "budget": "layer",

@@ -138,8 +138,10 @@ def _parts(report: Mapping[str, Any]) -> list[tuple[str, str, int]]:
         if name.startswith("experts"):
             rows.append(("routed experts", name.partition(", ")[2], count))
         elif name.startswith("attention"):
-            widths = {f"{config[key]} bits" for key in ("attention_bits", "shared_expert_bits") if config[key] != 16}
-            rows.append(("attention projections, shared experts, dense MLPs", " or ".join(sorted(widths)), count))
+            given = (config[key] for key in ("attention_bits", "shared_expert_bits"))
+            widths = {bits for own in given for bits in (own if isinstance(own, list) else [own]) if bits != 16}
+            described = " or ".join(f"{bits} bits" for bits in sorted(widths))
+            rows.append(("attention projections, shared experts, dense MLPs", described, count))
         else:
             what = "embeddings, output head" if name.startswith("embeddings") else "routers, norms, all else"
             rows.append((what, f"not quantized, {dtype}", count))

@@ -53,9 +53,10 @@ class Structure:
                 self.choices[path.rpartition(".")[0]] = widths
         self.names = CheckpointNames(model)
 
-    def expert_weights(self, path: str) -> int:
-        """Weights of one expert of a module."""
-        return sum(p.out_features * p.in_features for p in self.experts[path].projections)
+    def expert_weights(self, path: str, role: str | None = None) -> int:
+        """Weights of one expert of a module, or of its matrices of a role."""
+        projections = (p for p in self.experts[path].projections if role in (None, p.role))
+        return sum(p.out_features * p.in_features for p in projections)
 
     def part(self, path: str) -> list[str]:
         """The linear layers of an attention or MLP that has a choice."""

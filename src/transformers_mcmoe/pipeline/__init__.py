@@ -29,7 +29,6 @@ from transformers_mcmoe.models.stream import Checkpoint, computing, open_runner
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.pipeline.allocating import LayerResult
 from transformers_mcmoe.pipeline.job import Job
-from transformers_mcmoe.pipeline.learning import sample_size
 from transformers_mcmoe.pipeline.prepare import OVERHEAD, disk_need, fingerprint_of, hessian_memory, prepare, sized
 from transformers_mcmoe.plan import Matrix, Plan
 from transformers_mcmoe.progress import Meter
@@ -129,7 +128,7 @@ def _prepared(
         # a run that needs no data still looks at what layers are given
         tokens = torch.zeros(1, 8, dtype=torch.int64) if calibration is None else calibration
         work = WorkDir(work_dir, fingerprint_of(structure, config, checkpoint_files, tokens))
-        work.claim(disk_need(structure, tokens.numel(), dtype, sample_size(config)))
+        work.claim(disk_need(structure, tokens.numel(), dtype))
         stack.callback(work.clean)
         runner = open_runner(
             structure.model,

@@ -17,7 +17,7 @@ from transformers_mcmoe.allocation.significance import ExpertStatistics, layers_
 from transformers_mcmoe.calibration.statistics import RoutingStatistics
 from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.models.structure import Structure
-from transformers_mcmoe.plan import ExpertWidths, Plan
+from transformers_mcmoe.plan import ROLES, ExpertWidths, Plan
 from transformers_mcmoe.routing import RoutingRatios
 
 # allocations that need the errors of every width
@@ -32,19 +32,19 @@ class LayerResult:
         routing: token counts and routing weights, None if no tokens were run.
         ratios: how much smaller than its largest a token's routing weights are.
         errors: width -> eps of every expert.
+        role_errors: role -> width -> eps of every expert when only its matrices of that role are rounded.
         hessian_errors: width -> sum of Tr(H) / tokens * |W' - W|^2 over the matrices of every expert.
         starved: experts that saw too few tokens to be measured on their own.
         divergence: KL divergence of the model's output, in nats per token, when all experts have the reference width.
-        learned: expert -> what learned rounding left of its output's squared error, as a share.
     """
 
     routing: RoutingStatistics | None = None
     ratios: RoutingRatios | None = None
     errors: dict[int, list[float]] = field(default_factory=dict)
+    role_errors: dict[str, dict[int, list[float]]] = field(default_factory=dict)
     hessian_errors: dict[int, list[float]] = field(default_factory=dict)
     starved: list[int] = field(default_factory=list)
     divergence: float | None = None
-    learned: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -85,22 +85,24 @@ class Allocator:
         return ExpertWidths.of(self._bits[choice])
 
     def model(
-        self, results: Mapping[str, LayerResult], norms: Mapping[str, float], parts: Mapping[str, PartResult]
+        self, results: Mapping[str, LayerResult], scales: Mapping[str, float], parts: Mapping[str, PartResult]
     ) -> Plan:
         """Widths of all experts modules, and of attentions and MLPs that have a choice, under one budget.
 
         Args:
             results: measurements by path.
-            norms: by path, the norm of the hidden states that the layer's errors are added to; errors that are not
-                relative already compare relative to it.
+            scales: by path, what the layer's errors are multiplied by, unless its effect on the model's output is known.
             parts: measurements of attentions and MLPs that have a choice, by path.
         """
-        paths = list(results)
-        cost = [self._cost(path, results[path], self._scale(results[path], norms[path])) for path in paths]
-        price = [self._price(path) for path in paths]
-        counts = [len(own) for own in cost]
+        roles = self._config.granularity == "projection"
+        # what shares a width: an expert, or its matrices of one role
+        kinds = [(path, role) for path in results for role in (ROLES if roles else (None,))]
         options = max(len(self._bits), *map(len, self._structure.choices.values()), 0)
-        rows = [pad(table, options) for table in zip(cost, price, strict=True)]
+        rows = []
+        for path, role in kinds:
+            cost = self._cost(path, results[path], self._scale(results[path], scales[path]), role)
+            rows.append(pad((cost, self._price(path, role)), options))
+        counts = [len(own[0]) for own in rows]
         for path, part in parts.items():
             rows.append(pad(self._part(path, part), options))
         columns = [np.concatenate(tables) for tables in zip(*rows, strict=True)]
@@ -113,7 +115,10 @@ class Allocator:
             at_least=self._at_least(),
             allowed=columns[2],
         )
-        experts = {path: ExpertWidths.of(self._bits[choice[group == n]]) for n, path in enumerate(paths)}
+        widths = {kind: self._bits[choice[group == n]].tolist() for n, kind in enumerate(kinds)}
+        experts = {
+            path: ExpertWidths(*(tuple(widths[path, role if roles else None]) for role in ROLES)) for path in results
+        }
         linears = dict(self._structure.linears)
         for path, option in zip(parts, choice[sum(counts) :], strict=True):
             linears |= dict.fromkeys(self._structure.part(path), self._structure.choices[path][option])
@@ -126,12 +131,12 @@ class Allocator:
         )
         return min(self._config.expert_bits, key=lambda bits: abs(bits - self._budget() / weights))
 
-    def _scale(self, result: LayerResult, norm: float) -> float:
+    def _scale(self, result: LayerResult, scale: float) -> float:
         """What a layer's errors are multiplied by, so that those of different layers compare."""
         if result.divergence is not None:
             squared = sum(error**2 for error in result.errors[self.reference()])
             return (max(result.divergence, 1e-12) / max(squared, 1e-30)) ** 0.5
-        return 1.0 if self._config.relative_errors else 1 / max(norm, 1e-30)
+        return scale
 
     def _part(self, path: str, part: PartResult) -> tuple[np.ndarray, np.ndarray]:
         """Cost and price [1, J] of the widths of an attention or MLP."""
@@ -161,9 +166,10 @@ class Allocator:
         """Bits of all experts together."""
         return sum(bits * self._structure.expert_weights(path) for path, bits in self._budgets.items())
 
-    def _cost(self, path: str, result: LayerResult, scale: float = 1.0) -> np.ndarray:
-        """Cost [E, J] of every width for every expert of a module, errors multiplied by `scale`."""
+    def _cost(self, path: str, result: LayerResult, scale: float = 1.0, role: str | None = None) -> np.ndarray:
+        """Cost [E, J] of every width for every expert of a module, or its matrices of a role; errors are multiplied by `scale`."""
         config = self._config
+        errors = result.errors if role is None else result.role_errors[role]
         routing = result.routing or RoutingStatistics.zeros(self._structure.experts[path].num_experts)
         nothing = [0.0] * len(routing.tokens)
         # an expert without tokens is of little significance, not of none
@@ -171,7 +177,7 @@ class Allocator:
         statistics = ExpertStatistics(
             np.maximum(tokens, 1.0),
             np.where(tokens > 0, weight, weight.sum() / tokens.sum()),
-            np.asarray([result.errors.get(bits) or nothing for bits in config.expert_bits]).T * scale,
+            np.asarray([errors.get(bits) or nothing for bits in config.expert_bits]).T * scale,
             np.asarray([result.hessian_errors.get(bits) or nothing for bits in config.expert_bits]).T * scale**2,
         )
         return SCORES[config.allocation](
@@ -183,10 +189,11 @@ class Allocator:
             rng=self._random(path),
         )
 
-    def _price(self, path: str) -> np.ndarray:
-        """Bits [E, J] of every width for every expert of a module."""
+    def _price(self, path: str, role: str | None = None) -> np.ndarray:
+        """Bits [E, J] of every width for every expert of a module, or its matrices of a role."""
         widths = self._bits.astype(np.float64)
-        return np.tile(widths * self._structure.expert_weights(path), (self._structure.experts[path].num_experts, 1))
+        weights = self._structure.expert_weights(path, role)
+        return np.tile(widths * weights, (self._structure.experts[path].num_experts, 1))
 
     def _at_least(self) -> dict[int, int] | None:
         return {self._config.expert_bits.index(bits): n for bits, n in self._config.at_least.items()} or None

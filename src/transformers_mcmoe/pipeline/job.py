@@ -15,17 +15,16 @@ from typing import Any
 from torch import Tensor
 
 from transformers_mcmoe.calibration.hessians import ExpertHessians
-from transformers_mcmoe.calibration.statistics import BlockChange, ExpertInputs, Sample
+from transformers_mcmoe.calibration.statistics import BlockChange, ExpertInputs
 from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.models.stream import LayerRunner
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.pipeline.allocating import MEASURED, Allocator
-from transformers_mcmoe.pipeline.learning import learn
 from transformers_mcmoe.pipeline.measuring import Measurer
-from transformers_mcmoe.pipeline.rounding import ROLES, ExpertRounder, Packed, Widths
+from transformers_mcmoe.pipeline.rounding import ExpertRounder, Packed, Widths
 from transformers_mcmoe.pipeline.watching import Watcher
 from transformers_mcmoe.pipeline.writing import Writer
-from transformers_mcmoe.plan import ExpertWidths, Plan
+from transformers_mcmoe.plan import ROLES, ExpertWidths, Plan
 from transformers_mcmoe.progress import Meter
 from transformers_mcmoe.quantization import dequantize
 from transformers_mcmoe.workdir import WorkDir
@@ -118,7 +117,7 @@ class Job:
         """Costs of all layers on dense activations, then one program, or one per layer."""
         self._measurer.run(self._layers())
         if self._config.budget == "model":
-            return self._allocator.model(self.layers, self._measurer.norms, self._measurer.parts)
+            return self._allocator.model(self.layers, self._measurer.scales(), self._measurer.parts)
         widths = {path: self._allocator.layer(path, result) for path, result in self.layers.items()}
         return Plan(widths, self._structure.linears)
 
@@ -198,8 +197,6 @@ class Job:
             passes = self._watcher.passes(i, path, kept, ROLES[:1] if self._config.sequential else ROLES)
         for which, hessians, inputs in passes:
             packed |= self._round_run(i, path, {expert: pairs[expert] for expert in which}, hessians, inputs)
-            for expert in which if self._config.learning_steps else []:
-                self._learn(path, expert, packed, pairs[expert], inputs.sample(expert))
             self._meter.expert_done(which[-1], experts.num_experts)
         return packed
 
@@ -236,13 +233,3 @@ class Job:
                 for expert, matrices in rounder.round_role(role, those, bits, targets).items():
                     packed[expert] |= matrices
         return packed
-
-    def _learn(self, path: str, expert: int, packed: dict[int, Packed], pair: Widths, sample: Sample) -> None:
-        """Lower one expert's output error by gradient steps, and note what is left of it."""
-        experts, config = self._structure.experts[path], self._config
-        bits = {p.name: pair[p.role == "down"] for p in experts.projections}
-        packed[expert], left = learn(
-            experts, expert, packed[expert], bits, sample, config.learning_steps, config.seed + expert
-        )
-        self.layers[path].learned[expert] = left
-        self._meter.expert_done(expert, experts.num_experts)

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from transformers_mcmoe.calibration.statistics import HELD_OUT, ExpertInputs, hessian_error, output_errors
+from transformers_mcmoe.calibration.statistics import HELD_OUT, ExpertInputs, OutputNorms, hessian_error, output_errors
 from transformers_mcmoe.models.stream import Probes
 from transformers_mcmoe.pipeline.allocating import MEASURED, PartResult
-from transformers_mcmoe.pipeline.rounding import PLAIN, ROLES, ExpertRounder, Packed
+from transformers_mcmoe.pipeline.rounding import PLAIN, ExpertRounder, Packed
 from transformers_mcmoe.pipeline.watching import Watcher
+from transformers_mcmoe.plan import ROLES
 from transformers_mcmoe.progress import Meter
 from transformers_mcmoe.quantization import dequantize
 
@@ -35,6 +37,8 @@ class Measurer:
 
     Attributes:
         norms: by experts path, the norm of the hidden states behind its layer.
+        places: by experts path, the number of its layer.
+        medians: by layer, the median norm of the hidden states behind it.
         parts: by path, what was measured of attentions and MLPs that have a choice.
     """
 
@@ -42,6 +46,8 @@ class Measurer:
         self._watcher, self._reference, self._meter = watcher, reference, meter
         self._structure, self._runner, self._config = watcher.structure, watcher.runner, watcher.config
         self.norms: dict[str, float] = {}
+        self.places: dict[str, int] = {}
+        self.medians: list[float] = []
         self.parts: dict[str, PartResult] = {}
 
     def run(self, layers: range) -> None:
@@ -53,13 +59,30 @@ class Measurer:
                 paths = self._watcher.inside(i, self._structure.experts)
                 references: dict[str, Any] = {path: self._cost(i, path) for path in paths}
                 lowest = self._measure_parts(i) if probes else {}
-                self.norms |= dict.fromkeys(paths, self._runner.advance(i))
+                returned = OutputNorms()
+                with returned.observe(self._structure.model.get_submodule(self._runner.layers[i])):
+                    self.norms |= dict.fromkeys(paths, self._runner.advance(i))
+                self.medians.append(returned.median)
+                self.places |= dict.fromkeys(paths, i)
                 if probes is not None:
                     self._branch(probes, i, lowest, references)
                 del references
             self._meter.layer_done()
         if probes is not None:
             self._finish(probes, layers.stop)
+
+    def scales(self) -> dict[str, float]:
+        """By experts path, what the layer's errors are multiplied by, so that those of different layers compare.
+
+        A change stays in the residual stream: every later layer reads it relative to the hidden states there, and so does
+        the head. Errors that are relative already, to the layer's own hidden states, are carried on to those; the head
+        counts as half of the layers (docs/quantization.md). Absolute errors are divided by the norm behind their layer.
+        """
+        if not self._config.relative_errors:
+            return {path: 1 / max(norm, 1e-30) for path, norm in self.norms.items()}
+        reads = [1 / max(norm, 1e-30) ** 2 for norm in self.medians]
+        head = len(reads) / 2 * reads[-1]
+        return {path: ((sum(reads[i:-1]) + head) / reads[i]) ** 0.5 for path, i in self.places.items()}
 
     def _finish(self, probes: Probes, first: int) -> None:
         """Run the probes through the layers from `first` on, in which nothing is quantized, to the output."""
@@ -151,7 +174,9 @@ class Measurer:
         """
         config, experts = self._config, self._structure.experts[path]
         candidates: dict[tuple[int, int], Packed] = {}
-        self._watcher.layers[path].errors = {bits: [] for bits in config.expert_bits}
+        result = self._watcher.layers[path]
+        result.errors = {bits: [] for bits in config.expert_bits}
+        result.role_errors = {role: {bits: [] for bits in config.expert_bits} for role in ROLES}
         final = config.eps == "final"
         feedback = final and config.rounding == "gptq"
         traced = config.allocation == "hessian"
@@ -203,3 +228,19 @@ class Measurer:
             result.errors[bits].append(error)
         for bits, distance in zip(packed, distances, strict=False):
             result.hessian_errors.setdefault(bits, []).append(distance)
+        if self._config.granularity == "projection":
+            self._role_errors(path, expert, packed, inputs)
+
+    def _role_errors(self, path: str, expert: int, packed: Mapping[int, Packed], inputs: ExpertInputs) -> None:
+        """Append one expert's errors with only its matrices of a role rounded."""
+        experts, sample = self._structure.experts[path], inputs.sample(expert)
+        dense = {p.name: experts.matrix(expert, p.name).to(torch.float32) for p in experts.projections}
+        for role in ROLES:
+            names = {p.name: p.in_features for p in experts.projections if p.role == role}
+            candidates = (
+                dense | {name: dequantize(matrices[name], bits, columns) for name, columns in names.items()}
+                for bits, matrices in packed.items()
+            )
+            errors = output_errors(experts, expert, sample, candidates, self._config.relative_errors)
+            for bits, error in zip(packed, errors, strict=True):
+                self._watcher.layers[path].role_errors[role][bits].append(error)

@@ -18,6 +18,7 @@ from transformers_mcmoe.allocation.budget import LayerSize, expert_budgets
 from transformers_mcmoe.calibration.data import calibration_tokens
 from transformers_mcmoe.calibration.data import fingerprint as data_fingerprint
 from transformers_mcmoe.calibration.hessians import ExpertHessians
+from transformers_mcmoe.calibration.statistics import SAMPLE
 from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig, ODPConfig, OTPConfig
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.plan import ExpertWidths, Plan, average_bits
@@ -85,8 +86,10 @@ def sized(structure: Structure, config: MCMoEConfig, dtype: torch.dtype) -> MCMo
     parameters, tensors = structure.parameters()
     # an entry of a tensor in a file's header holds its name, shape and place
     fixed = (parameters - weights) * dtype.itemsize + _HEADER * (tensors + len(low))
-    # scales and zeros do not depend on widths, so that bytes grow with the average
-    average = average_bits(low) + 8 * (config.target_bytes - fixed - least) / weights
+    # scales and zeros do not depend on widths, so that bytes grow with the average, padding with the weights
+    most = sum(matrix.packed_bytes(config.group_size) for matrix in high)
+    per_byte = (average_bits(high) - average_bits(low)) / max(most - least, 1)
+    average = average_bits(low) + per_byte * (config.target_bytes - fixed - least)
     if average < average_bits(low):
         raise ValueError(
             f"target_size={config.target_size!r} cannot be met: at the lowest widths the weights take "
@@ -195,11 +198,10 @@ def memory_parts(structure: Structure, dtype: torch.dtype) -> tuple[int, int, in
     return layer, max(4 * layer, 2 * layer + 4 * single), rest
 
 
-def disk_need(structure: Structure, tokens: int, dtype: torch.dtype, sample: int) -> int:
-    """Bytes that hidden states, samples of experts' inputs and packed layers (at 4 bits) take at most; `sample` inputs are
-    kept of an expert."""
+def disk_need(structure: Structure, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that hidden states, samples of experts' inputs and packed layers (at 4 bits) take at most."""
     hidden = next(iter(structure.experts.values())).projections[0].in_features
-    samples = sample * max(experts.num_experts for experts in structure.experts.values())
+    samples = SAMPLE * max(experts.num_experts for experts in structure.experts.values())
     weights = sum(structure.linear_weights().values())
     weights += sum(structure.expert_weights(path) * e.num_experts for path, e in structure.experts.items())
     return (tokens + samples) * hidden * dtype.itemsize + weights // 2

@@ -23,7 +23,7 @@ from transformers_mcmoe.calibration.statistics import SAMPLE
 from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.pipeline.allocating import MEASURED
-from transformers_mcmoe.pipeline.learning import sample_size
+from transformers_mcmoe.pipeline.measuring import LEAST_SEQUENCES, SHARE
 from transformers_mcmoe.pipeline.prepare import OVERHEAD, budgets_of, disk_need, hessian_memory, memory_parts, sized
 from transformers_mcmoe.pipeline.rounding import ROWS, grid_of
 from transformers_mcmoe.plan import ExpertWidths, Plan, average_bits, bits_per_weight
@@ -108,7 +108,7 @@ def preview(model: Any, config: MCMoEConfig, *, dtype: torch.dtype) -> Preview:
         total_bytes=packed + dtype.itemsize * (parameters - weights),
         dense_bytes=2 * weights + dtype.itemsize * (parameters - weights),
         memory_bytes=held + rest + OVERHEAD,
-        disk_bytes=disk_need(structure, tokens, dtype, sample_size(config)),
+        disk_bytes=disk_need(structure, tokens, dtype),
         seconds=_Clock(structure, config, dtype).seconds(),
     )
 
@@ -126,6 +126,9 @@ class _Clock:
         self._structure, self._config, self._dtype = structure, config, dtype
         self._device = config.device or torch.device("cpu")
         self._tokens = config.num_samples * config.seq_len
+        # of the tokens that errors are measured on, where that is a pass of its own
+        self._apart = config.plan is None and config.budget == "model" and config.allocation != "uniform"
+        self._share = min(1.0, max(1 / SHARE, LEAST_SEQUENCES / config.num_samples)) if self._apart else 1.0
         self._limit = hessian_memory(structure, config, dtype)
         self._known: dict[Any, float] = {}
         text = structure.model.config.get_text_config()
@@ -142,23 +145,24 @@ class _Clock:
     def seconds(self) -> dict[str, float]:
         """By stage."""
         config = self._config
-        apart = config.plan is None and config.budget == "model" and config.allocation != "uniform"
         measured = config.plan is None and config.allocation in MEASURED
         errors = self._measuring() if measured else 0.0
         found = {}
-        if apart:
-            found["allocate"] = errors + self._forward()
-        rounding = sum(self._rounding(path, 1) for path in self._structure.experts) + self._linears()
+        if self._apart:
+            found["allocate"] = errors + self._forward() * self._share
+        rounding = sum(self._rounding(path, 1, config.sweeps) for path in self._structure.experts) + self._linears()
         counting = self._counting() if config.rounding == "gptq" else 0.0
-        found["quantize"] = rounding + counting + self._forward() + (0.0 if apart else errors)
+        if config.rounding == "gptq" and config.sequential:
+            counting += 2 * self._forward()  # gate and up twice, down once, attention
+        found["quantize"] = rounding + counting + self._forward() + (0.0 if self._apart else errors)
         return found
 
     def _measuring(self) -> float:
         """Rounding at every width, and running the samples."""
         config = self._config
-        seconds = self._counting() if config.eps == "final" and config.rounding == "gptq" else 0.0
+        seconds = self._counting() * self._share if config.eps == "final" and config.rounding == "gptq" else 0.0
         for path, experts in self._structure.experts.items():
-            seconds += self._rounding(path, len(config.expert_bits))
+            seconds += self._rounding(path, len(config.expert_bits), 0)
             sampled = min(SAMPLE, self._tokens * self._top_k // experts.num_experts)
             runs = experts.num_experts * (1 + len(config.expert_bits)) * sampled
             seconds += 2 * runs * self._structure.expert_weights(path) / self._rate
@@ -184,21 +188,21 @@ class _Clock:
             sums += self._tokens * self._structure.model.get_submodule(path).in_features ** 2
         return sums / self._single + forward / self._rate
 
-    def _rounding(self, path: str, widths: int) -> float:
+    def _rounding(self, path: str, widths: int, sweeps: int) -> float:
         """All experts of a module at so many widths."""
         experts = self._structure.experts[path]
         roles: dict[str, tuple[int, int]] = {}
         for p in experts.projections:
             rows, _ = roles.get(p.role, (0, 0))
             roles[p.role] = rows + p.out_features, p.in_features
-        each = (self._matrix(rows, columns, widths, experts.num_experts) for rows, columns in roles.values())
+        each = (self._matrix(rows, columns, widths, sweeps, experts.num_experts) for rows, columns in roles.values())
         return experts.num_experts * sum(each)
 
     def _linears(self) -> float:
         modules = [self._structure.model.get_submodule(path) for path in self._structure.linears]
-        return sum(self._matrix(module.out_features, module.in_features, 1) for module in modules)
+        return sum(self._matrix(m.out_features, m.in_features, 1, self._config.sweeps) for m in modules)
 
-    def _matrix(self, rows: int, columns: int, widths: int, count: int = 1) -> float:
+    def _matrix(self, rows: int, columns: int, widths: int, sweeps: int, count: int = 1) -> float:
         """One matrix of `count` alike, at so many widths, with its factorization."""
         bits = self._config.expert_bits[len(self._config.expert_bits) // 2]
         grid = grid_of(self._config)
@@ -214,7 +218,7 @@ class _Clock:
 
         def rounding(taken: int) -> float:
             part = torch.randn(1, taken, probe, device=self._device)
-            return self._once(("gptq", taken, probe), lambda: gptq(part, factor, bits, grid))
+            return self._once(("gptq", taken, probe, sweeps), lambda: gptq(part, factor, bits, grid, sweeps=sweeps))
 
         # several matrices are rounded together; a call takes a time of its own, and one per row
         together = max(1, min(count, ROWS // rows))

@@ -23,6 +23,7 @@ from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.memory import return_free_memory
 from transformers_mcmoe.models.experts import Experts
 from transformers_mcmoe.models.stream import LayerRunner
+from transformers_mcmoe.plan import ROLES
 from transformers_mcmoe.quantization import Factor, Grid, Quantized, gptq, group_size_for, pack, quantize
 from transformers_mcmoe.quantization.grid import CHUNK
 
@@ -35,7 +36,6 @@ PLAIN = Grid(fit="minmax", integer_zeros=True)
 Packed = dict[str, Tensor]
 # widths of an expert's projections by role
 Widths = tuple[int, int]
-ROLES = ("gate_up", "down")
 
 
 class ExpertRounder:

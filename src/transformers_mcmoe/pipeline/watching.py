@@ -18,7 +18,6 @@ from transformers_mcmoe.memory import return_free_memory
 from transformers_mcmoe.models.stream import LayerRunner
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.pipeline.allocating import MEASURED, LayerResult
-from transformers_mcmoe.pipeline.learning import sample_size
 from transformers_mcmoe.pipeline.rounding import chunks, round_linears
 from transformers_mcmoe.routing import RoutingRatios, check_top_k, record_routing
 from transformers_mcmoe.workdir import WorkDir
@@ -123,8 +122,7 @@ class Watcher:
     def observe(self, i: int, path: str, hessians: ExpertHessians | None, held_out: bool = False) -> ExpertInputs:
         """Run layer i with idle experts; count and sample what reaches them."""
         experts, result = self.structure.experts[path], self.layers[path]
-        path_of = self._work.path / "expert_inputs.bin"
-        inputs = ExpertInputs(experts.num_experts, path_of, self.config.seed, sample_size(self.config))
+        inputs = ExpertInputs(experts.num_experts, self._work.path / "expert_inputs.bin", self.config.seed)
         ratios = RoutingRatios(experts.num_experts)
         with record_routing(experts.module, experts, ratios):
             self._watch(i, path, hessians, inputs, held_out)

@@ -3,14 +3,12 @@
 
 from transformers_mcmoe.quantization.gptq import Factor, gptq
 from transformers_mcmoe.quantization.grid import Grid, Quantized, group_size_for, num_groups, quantize
-from transformers_mcmoe.quantization.latent import Latent
 from transformers_mcmoe.quantization.packing import WIDTHS, dequantize, pack, packed_shape, unpack
 
 __all__ = [
     "WIDTHS",
     "Factor",
     "Grid",
-    "Latent",
     "Quantized",
     "dequantize",
     "gptq",

@@ -39,7 +39,7 @@ def build_report(model: nn.Module, config: MCMoEConfig, result: Compressed) -> d
     Returns:
         `model`, `base_model` (Hub id, None for a local one), `license` (of a local model's own card), `dtype` of what stays
         dense, `average_bits` (codes only), `bits_per_weight` (bytes x 8 / weights over the quantized matrices, scales and
-        zeros included), `expert_bits` per layer, `routing_ratios` (quantiles of smaller over largest routing weights per
+        zeros included), `expert_bits` per layer (gate and up) and `down_bits`, `routing_ratios` (quantiles of smaller over largest routing weights per
         layer and slot, see `RatioTable`), `activated_bytes_per_token` (bytes of weights read for one token, by
         the calibration's routing; None without calibration), `coverage`, `errors`, `fallbacks`, `sizes` in bytes,
         `seconds` by stage, `calibration_source` and `calibration_sha256` (of the token ids), `plan_given`, `versions`, `config`.
@@ -57,6 +57,7 @@ def build_report(model: nn.Module, config: MCMoEConfig, result: Compressed) -> d
         "average_bits": average_bits(matrices),
         "bits_per_weight": bits_per_weight(matrices, config.group_size),
         "expert_bits": {path: "".join(map(str, widths.gate_up)) for path, widths in result.plan.experts.items()},
+        "down_bits": {path: "".join(map(str, widths.down)) for path, widths in result.plan.experts.items()},
         "activated_bytes_per_token": _activated_bytes(model, config, result),
         "routing_ratios": _ratios(config, result),
         "coverage": {path: _coverage(layer) for path, layer in result.layers.items() if layer.routing is not None},
