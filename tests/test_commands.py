@@ -355,13 +355,13 @@ def test_interrupted(folder, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
     (output / "mcmoe_report.json").write_text("{}")
-    options = ["--bits", "3.0", "--dataset", str(folder / "text.txt"), "--num-samples", "16", "--seq-len", "32"]
+    options = ["--bits", "3.0", "--dataset", str(folder / "text.txt"), "--num-samples", "32", "--seq-len", "64"]
     command = [sys.executable, "-m", "transformers_mcmoe", "compress", str(folder / "dense"), "--output", str(output)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     running = subprocess.Popen([*command, *options], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    layer = tmp_path / ".out.mcmoe-work" / "layer-00000.safetensors"
+    begun = tmp_path / ".out.mcmoe-work" / "expert_inputs.bin"
     for _ in range(6000):
-        if layer.exists() or running.poll() is not None:
+        if begun.exists() or running.poll() is not None:
             break
         time.sleep(0.005)
     running.send_signal(signal.SIGINT)

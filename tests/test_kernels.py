@@ -248,7 +248,7 @@ def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch):
 # what every build has, and a main that checks it without Python
 SOURCES = [
     str(CSRC / f"{name}.cpp")
-    for name in ("api", "drive", "layout", "linear", "moe", "pruning", "isa_scalar", "selftest")
+    for name in ("api", "drive", "layout", "linear", "moe", "pruning", "rounding", "isa_scalar", "selftest")
 ]
 
 

@@ -11,11 +11,16 @@
 namespace mcmoe {
 namespace {
 
+// Multiplications that are worth a thread: waking one takes some microseconds.
+constexpr double WORK = 1 << 21;
+
 // Calls f(member of the batch, first row, rows, blocks of floats) for every block of rows.
 template <class F>
 void each_block(const Columns& c, int threads, F f) {
   const int blocks = (c.rows + COLUMN_LANES - 1) / COLUMN_LANES;
-  Team::run(std::max(1, std::min(threads, c.batch * blocks)), [&](Team& team) {
+  const double work = static_cast<double>(c.batch) * c.rows * c.columns * c.columns / 2;
+  const int useful = static_cast<int>(std::min(work / WORK, static_cast<double>(c.batch * blocks)));
+  Team::run(std::max(1, std::min(threads, useful)), [&](Team& team) {
     std::vector<float> memory(2 * static_cast<size_t>(c.columns) * COLUMN_LANES);
     for (int n; (n = team.next(c.batch * blocks)) < c.batch * blocks;) {
       const int first = n % blocks * COLUMN_LANES;
