@@ -188,8 +188,8 @@ sensitive than large models. What its builder gives depends on the machine's ari
 dense perplexity are of one build. All rows quantize attention to 4 bits and, unless they say otherwise, round with GPTQ.
 
 The first tables are of the present release: coordinate descent after GPTQ, down projections fitted behind rounded gate and up, errors
-carried on to the layers that read them. `uniform` has the same rounding. Those of dense perplexity 36.79, and the demo model's rows
-that are not in the table with them, were measured before these three.
+carried on to the layers that read them. `uniform` has the same rounding. All tables of dense perplexity 36.79 were measured before
+these three.
 
 * At 2.54 bits PMQ is ahead of uniform by 5.5 % of KL, which is more than its standard error, and by 1 % of perplexity, which is not. With errors
   relative to the layer's own hidden states only, as before, it had perplexity 69.02 and KL 0.7199: lower KL than uniform, higher perplexity.
