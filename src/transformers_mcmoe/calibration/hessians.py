@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from transformers_mcmoe.models.experts import Experts
+from transformers_mcmoe.plan import ROLES
 
 # share of its mean that is added to the diagonal where a down projection is fitted anew (docs/quantization.md)
 RIDGE = 0.1
@@ -65,7 +66,7 @@ class ExpertHessians:
         roles: "gate_up" -> Hessian over inputs of the expert, "down" -> over what its down projection reads.
     """
 
-    def __init__(self, experts: Experts, which: Sequence[int], counted: Sequence[str] = ("gate_up", "down")) -> None:
+    def __init__(self, experts: Experts, which: Sequence[int], counted: Sequence[str] = ROLES) -> None:
         self._experts, self.which = experts, list(which)
         self._index = {expert: i for i, expert in enumerate(self.which)}
         device = experts.matrix(0, experts.projections[0].name).device
@@ -135,7 +136,7 @@ class DownHessians:
         self.missing[self._index[expert]].zero_()
 
     def targets(self) -> dict[int, Tensor]:
-        """The matrices [out, in] float32 that rebuild the experts' outputs best; `missing` is used up.
+        """The matrices [out, in] float32 that rebuild the experts' outputs best.
 
         The regression is damped by RIDGE of the mean diagonal: with less it fits the calibration tokens alone.
         """

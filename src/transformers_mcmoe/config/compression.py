@@ -81,12 +81,12 @@ class MCMoEConfig(QuantizationConfigMixin):
             the hidden states; "nearest" with plain rounding over the whole range, absolute, as the papers do.
         granularity: "expert" gives all matrices of an expert one width; "projection" chooses for gate and up, and for down,
             apart (for "pmq" with eps="final" and budget="model", without at_least).
-        sensitivity: how errors of layers compare under one budget for the model: "hidden" takes them as they are, relative to
-            the hidden states; "kl" measures how much the output of the dense model changes when a layer's experts, or its
-            attention, are rounded (docs/quality.md has where it loses).
+        sensitivity: how errors of layers compare under one budget for the model: "hidden" takes them relative to the hidden
+            states of the layers that read them; "kl" measures how much the output of the dense model changes when a layer's experts, or its
+            attention, are rounded (docs/quantization.md has where it loses).
         at_least: width -> least number of experts of a layer that take it; {3: 1, 2: 1} is the papers' constraint.
-        preset: "fast" is one pass over 32 sequences with uniform widths; "best" takes the time that lowers errors further
-            (docs/quality.md has what each gives and takes); "paper" sets what the text of arXiv 2410.06270 says: PMQ per
+        preset: "fast" is one pass over 32 sequences with uniform widths; "best" has eight sweeps of coordinate descent
+            instead of two; "default" sets nothing; "paper" sets what the text of arXiv 2410.06270 says: PMQ per
             layer with alpha 1, beta 1.5, gamma 2, errors of plain rounding, at least one 3-bit and one 2-bit expert a layer.
         rounding: "gptq" (error feedback on calibration data) or "nearest" (data-free).
         fit: grid of a group: "search" (clipped range of least error), "minmax", or "hqq" (half-quadratic zero).

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers_mcmoe.config.pruning import check, is_number, read_options
+from transformers_mcmoe.config.pruning import is_number, read_options
+from transformers_mcmoe.config.values import check
 
 OBJECTIVES = ("logits", "layers")
 TARGET = 0.2

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
+from transformers_mcmoe.config.values import check
+
 Options = TypeVar("Options")
 
 METHODS = ("odp", "random", "mean", "variance", "kurtosis")
@@ -154,12 +156,6 @@ def read_options(cls: type[Options], name: str, value: Any) -> Options | None:
         return cls(**value)
     check(isinstance(value, cls), name, value, f"True, False or an {cls.__name__}")
     return value  # type: ignore[no-any-return]
-
-
-def check(ok: bool, name: str, value: Any, expected: str) -> None:
-    """Raise ValueError for an option's value unless it is what is expected."""
-    if not ok:
-        raise ValueError(f"{name}={value!r} is not valid: it must be {expected}.")
 
 
 def is_number(value: Any) -> bool:

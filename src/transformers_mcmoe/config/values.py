@@ -75,6 +75,7 @@ def as_widths(value: Any) -> Any:
 
 
 def ascending(widths: Any) -> bool:
+    """Whether these are distinct widths in rising order."""
     return (
         isinstance(widths, tuple)
         and bool(widths)
@@ -84,10 +85,12 @@ def ascending(widths: Any) -> bool:
 
 
 def is_width(value: Any) -> bool:
+    """Whether a matrix can have this code width."""
     return isinstance(value, int) and value in WIDTHS
 
 
 def refuse_reserved(options: Mapping[str, Any]) -> None:
+    """Raise for options that there are not, or not yet."""
     for name, value in options.items():
         if name not in RESERVED:
             raise TypeError(f"MCMoEConfig has no option {name!r}; see its docstring for the options there are.")
@@ -98,6 +101,7 @@ def refuse_reserved(options: Mapping[str, Any]) -> None:
 
 
 def read_plan(plan: Any) -> Plan | None:
+    """A plan from what may be given as one: a plan, a dict, or a JSON file that holds one."""
     if plan is None or isinstance(plan, Plan):
         return plan
     if isinstance(plan, Mapping):
