@@ -19,31 +19,36 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 DOCS = Path(__file__).parent.parent / "docs" / "quality.md"
-BASE: dict[str, Any] = {"expert_bits": (1, 2, 3, 4)}
+# one width of attention for all layers, as the baselines have it
+FIXED: dict[str, Any] = {"attention_bits": 4, "shared_expert_bits": 4}
+UNIFORM: dict[str, Any] = {"allocation": "uniform"}
 TWO: dict[str, Any] = {"allocation": "uniform", "expert_bits": (2,)}
 ROWS: dict[str, dict[str, Any]] = {
     "default": {},
-    "preset best": BASE | {"preset": "best"},
-    "preset fast": BASE | {"preset": "fast"},
-    "PMQ, layers compared by the output's KL": BASE | {"sensitivity": "kl"},
-    "PMQ, a width per projection": BASE | {"granularity": "projection"},
-    "PMQ, no descent": BASE | {"sweeps": 0},
-    "PMQ, matrices by themselves": BASE | {"sequential": False},
-    "PMQ, both left out": BASE | {"sweeps": 0, "sequential": False},
-    "PMQ": BASE,
-    "PMQ, a budget per layer": BASE | {"budget": "layer"},
-    "PMQ, exponents 1, 1.5, 2": BASE | {"alpha": 1.0, "beta": 1.5},
-    "uniform": BASE | {"allocation": "uniform"},
-    "paper preset": {"preset": "paper"},
-    "f_norm": BASE | {"allocation": "f_norm"},
-    "hessian": BASE | {"allocation": "hessian"},
-    "frequency": BASE | {"allocation": "frequency"},
-    "routing_weight": BASE | {"allocation": "routing_weight"},
-    "random": BASE | {"allocation": "random"},
+    "preset best": {"preset": "best"},
+    "default, 64 tuning steps": {"tuning_steps": 64},
+    "preset fast": {"preset": "fast"},
+    "preset paper": {"preset": "paper"},
+    "uniform": UNIFORM,
+    "uniform, attention 8 bits": UNIFORM | {"attention_bits": 8, "shared_expert_bits": 8},
+    "default, a width per expert": {"granularity": "expert"},
+    "default, attention 4 bits": FIXED,
+    "default, attention 3, 4 or 8 bits": {"attention_bits": (3, 4, 8), "shared_expert_bits": (3, 4, 8)},
+    "default, experts 1 to 3 bits": {"expert_bits": (1, 2, 3)},
+    "default, a budget per layer": {"budget": "layer"},
+    "default, no descent": {"sweeps": 0},
+    "default, matrices by themselves": {"sequential": False},
+    "default, both left out": {"sweeps": 0, "sequential": False},
+    "default, exponents 1, 1.5, 2": FIXED | {"alpha": 1.0, "beta": 1.5},
+    "default, rounded to nearest": {"rounding": "nearest"},
+    "uniform, rounded to nearest": UNIFORM | {"rounding": "nearest"},
+    "f_norm": {"allocation": "f_norm"},
+    "hessian": {"allocation": "hessian"},
+    "frequency": {"allocation": "frequency"},
+    "routing_weight": {"allocation": "routing_weight"},
+    "random": {"allocation": "random"},
     "bsp": {"allocation": "bsp", "expert_bits": (2, 4)},
     "bsp, 1 and 2 bits": {"allocation": "bsp", "expert_bits": (1, 2)},
-    "PMQ, rounded to nearest": BASE | {"rounding": "nearest"},
-    "uniform, rounded to nearest": BASE | {"allocation": "uniform", "rounding": "nearest"},
     "all experts at 2 bits": TWO,
     "all experts at 2 bits, no descent": TWO | {"sweeps": 0},
     "all experts at 2 bits, matrices by themselves": TWO | {"sequential": False},
@@ -81,14 +86,14 @@ def measure(options: argparse.Namespace, name: str, bits: float, dense: Any, tes
     return row | scores.to_dict()
 
 
-def measure_peer(options: argparse.Namespace, dense: Any, test: torch.Tensor) -> dict[str, Any]:
+def measure_peer(options: argparse.Namespace, folder: Path, dense: Any, test: torch.Tensor) -> dict[str, Any]:
     """The row of a checkpoint that another tool rounded and wrote back as dense weights."""
     from transformers_mcmoe.evaluation import evaluate
 
-    told = json.loads((options.peer / "gptqmodel_peer.json").read_text(encoding="utf-8"))
-    model = AutoModelForCausalLM.from_pretrained(options.peer, dtype=torch.float32)
-    told = {name: value for name, value in told.items() if name not in ("modules",)}  # a line per matrix
-    row = {"row": "GPTQModel 7.7.0", "bits": options.bits[0], "layers": options.layers, "peer": told}
+    told = json.loads((folder / "peer.json").read_text(encoding="utf-8"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    row = {"row": told["peer"], "bits": options.bits[0], "layers": told["layers"], "peer": told}
+    row |= {name: told[name] for name in ("bits_per_weight", "seconds")}
     scores = evaluate(model, test, dense, context=options.context, limit=options.windows, batch=1)
     return row | scores.to_dict()
 
@@ -105,14 +110,14 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, help="text to calibrate on")
     parser.add_argument("--test", type=Path, help="text to measure on")
     parser.add_argument("--bits", type=float, nargs="+", default=[3.03, 2.54, 2.05])
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=12, help="windows measured, spread over the test text")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=0, help="quantize only the first layers; 0: all")
-    parser.add_argument("--peer", type=Path, help="also measure this output of gptqmodel_peer.py")
+    parser.add_argument("--peers", type=Path, nargs="*", default=[], help="also measure these outputs of peers/")
     parser.add_argument("--save", type=Path, help="keep the packed models in folders in here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--docs", action="store_true", help="write docs/quality.md from the committed rows, and stop")
@@ -122,8 +127,8 @@ def main() -> None:
         return
     test = tokens(options.model, options.test)
     dense = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    if options.peer is not None:
-        _append(options, measure_peer(options, dense, test))
+    for folder in options.peers:
+        _append(options, measure_peer(options, folder, dense, test))
     for bits in options.bits:
         for name in options.rows:
             _append(options, measure(options, name, bits, dense, test))
@@ -198,7 +203,7 @@ these three.
 * What is not reached: at 2.54 bits no setting comes near uniform at 3.03 (KL 0.522). PMQ takes twice uniform's time at 16 calibration sequences, as
   its pass that measures errors runs all of them; at the default of 128 it runs a quarter.
 
-GPTQModel is run by `benchmarks/gptqmodel_peer.py` (asymmetric, mse 2.4, group-aware act order, damping 0.05; its own defaults,
+GPTQModel is run by `benchmarks/peers/with_gptqmodel.py` (asymmetric, mse 2.4, group-aware act order, damping 0.05; its own defaults,
 symmetric without a range search, are worse), on windows of the same calibration text. Its format spends about 0.2 bits per
 weight less at groups of 64, as its zeros are codes and ours are fp16. Where a standard error is large, one window whose
 attention sink broke dominates the mean. Seconds are of a shared machine; each row of the JSON has its load.

@@ -94,11 +94,15 @@ def test_plan_says_what_compress_does(folder, budget):
     plan = json.loads(looked.stdout)
     config = quick_config(bits=2.7, budget=budget, dataset=tokens(16, 32), num_samples=16)
     report = compression_report(compressed(folder / "dense", config))
-    assert plan["total_bytes"] == report["sizes"]["total_bytes"]
-    assert plan["dense_bytes"] == report["sizes"]["dense_bytes"]
+    # matrices of many sizes share one budget for the model, which they spend to within the smallest of them
+    near = pytest.approx if budget == "layer" else lambda value: pytest.approx(value, rel=0.005)
+    assert near(report["sizes"]["total_bytes"]) == plan["total_bytes"]
+    assert plan["dense_bytes"] - plan["total_bytes"] == near(
+        report["sizes"]["dense_bytes"] - report["sizes"]["total_bytes"]
+    )
     assert plan["quantized_weights"] == report["sizes"]["quantized_weights"]
-    assert plan["average_bits"] == pytest.approx(report["average_bits"])
-    assert plan["bits_per_weight"] == pytest.approx(report["bits_per_weight"])
+    assert plan["average_bits"] == near(report["average_bits"])
+    assert plan["bits_per_weight"] == near(report["bits_per_weight"])
     assert plan["decided"] == (budget == "layer")
     if budget == "layer":
         found = {path: sum(map(int, digits)) / len(digits) for path, digits in report["expert_bits"].items()}

@@ -40,6 +40,9 @@ OPTIONS: dict[str, Any] = {
     "sequential": False,
     "sweeps": 5,
     "activations": "dense",
+    "granularity": "expert",
+    "tuning_steps": 9,
+    "tuning_rate": 0.01,
     "dataset": "org/name:subset",
     "num_samples": 7,
     "seq_len": 77,
@@ -57,9 +60,9 @@ def test_defaults():
         "quant_method": "mcmoe",
         "format_version": 1,
         "average_bits": 2.54,
-        "expert_bits": [1, 2, 3],
-        "attention_bits": 4,
-        "shared_expert_bits": 4,
+        "expert_bits": [1, 2, 3, 4],
+        "attention_bits": [4, 8],
+        "shared_expert_bits": [4, 8],
         "group_size": 128,
         "budget": "model",
         "allocation": "pmq",
@@ -67,8 +70,7 @@ def test_defaults():
         "beta": 0.0,
         "gamma": 2.0,
         "eps": "final",
-        "granularity": "expert",
-        "sensitivity": "hidden",
+        "granularity": "projection",
         "at_least": {},
         "preset": None,
         "rounding": "gptq",
@@ -80,6 +82,8 @@ def test_defaults():
         "sequential": True,
         "sweeps": 2,
         "activations": "compressed",
+        "tuning_steps": 0,
+        "tuning_rate": 2e-3,
         "dataset": None,
         "num_samples": 128,
         "seq_len": 2048,
@@ -127,8 +131,6 @@ def test_every_option_is_in_the_round_trip():
         "format_version",
         "average_bits",
         "preset",
-        "sensitivity",  # its other value, and that of granularity, go with one budget for the model
-        "granularity",
     } | {"bits"}
     defaults = MCMoEConfig()
     assert all(getattr(defaults, name) != value for name, value in OPTIONS.items())
@@ -145,7 +147,7 @@ def test_to_dict_is_a_copy():
     data = config.to_dict()
     data["expert_bits"].append(8)
     data["at_least"].clear()
-    assert config.to_dict()["expert_bits"] == [1, 2, 3]
+    assert config.to_dict()["expert_bits"] == [1, 2, 3, 4]
     assert config.to_dict()["at_least"] == {"3": 1}
 
 
@@ -228,21 +230,24 @@ def test_runtime_options_are_kept_in_memory(tmp_path: Path):
             {"preset": "quick"},
             r"preset='quick' is not valid: it must be one of \('fast', 'default', 'best', 'paper'\)",
         ),
-        (
-            {"sensitivity": "kl", "budget": "layer"},
-            "sensitivity='kl' is not valid: it must be used with allocation='pmq'",
-        ),
-        ({"attention_bits": (4, 8)}, "must be one width with at_least or without sensitivity='kl'"),
-        ({"attention_bits": (8, 4), "sensitivity": "kl"}, "must be distinct ascending widths"),
+        ({"attention_bits": (4, 8), "budget": "layer"}, "must be one width, or used with allocation='pmq'"),
+        ({"shared_expert_bits": (4, 8), "at_least": {3: 1}}, "must be one width, or used with allocation='pmq'"),
+        ({"attention_bits": (8, 4)}, "must be distinct ascending widths"),
         ({"target_size": "big"}, "target_size='big' is not valid: it must be bytes, or a string like '12GB'"),
         ({"target_size": "16GB", "bits": 2.0}, r"left out with bits=2\.0: both set the size"),
         ({"sweeps": -1}, "sweeps=-1 is not valid: it must be an integer >= 0"),
+        ({"tuning_steps": 1.5}, r"tuning_steps=1\.5 is not valid: it must be an integer >= 0"),
+        ({"tuning_rate": 0}, r"tuning_rate=0 is not valid: it must be in \(0, 1\)"),
+        ({"granularity": "projection", "alpha": 1}, "granularity='projection' is not valid: it must be used with"),
         ({"preset": "paper", "gamma": 1.0}, r"preset='paper' sets gamma=2\.0, but gamma=1\.0 is given; drop one"),
         ({"preset": "paper", "budget": "model"}, "preset='paper' sets budget='layer', but budget='model' is given"),
         ({"alpha": -1}, "alpha=-1 is not valid: it must be a number >= 0"),
         ({"beta": float("nan")}, "beta=nan is not valid"),
         ({"gamma": "2"}, "gamma='2' is not valid"),
-        ({"at_least": {4: 1}}, r"at_least=\{4: 1\} is not valid: .* from widths of expert_bits \(1, 2, 3\) to counts"),
+        (
+            {"at_least": {8: 1}},
+            r"at_least=\{8: 1\} is not valid: .* from widths of expert_bits \(1, 2, 3, 4\) to counts",
+        ),
         ({"at_least": {3: -1}}, r"at_least=\{3: -1\} is not valid"),
         ({"num_samples": 0}, "num_samples=0 is not valid: it must be a positive integer"),
         ({"num_samples": 1.5}, r"num_samples=1\.5 is not valid"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers_mcmoe.kernels import cpu
 from transformers_mcmoe.quantization import columns
 from transformers_mcmoe.quantization.gptq import Factor, gptq
-from transformers_mcmoe.quantization.grid import Grid, Quantized
+from transformers_mcmoe.quantization.grid import Grid, Quantized, nearest
 
 WIDTHS = (1, 2, 3, 4, 8)
 
@@ -31,6 +31,33 @@ def _errors(weight: Tensor, done: Quantized, hessian: Tensor, damping: float = 0
     hessian = (hessian + damping * mean * torch.eye(hessian.shape[-1])).double()
     difference = (done.dequantize().view_as(weight) - weight).double()
     return ((difference @ hessian) * difference).sum(-1)
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no compiled kernels")
+@pytest.mark.parametrize(
+    "grid", [Grid(), Grid(symmetric=True), Grid(integer_zeros=True), Grid(fit="minmax"), Grid("hqq")]
+)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_compiled_search_of_grids_equals_torch(bits: int, grid: Grid, monkeypatch):
+    random = torch.Generator().manual_seed(bits)
+    target = torch.randn(2, 40, 130, generator=random) * torch.logspace(-9, 3, 130)
+    target[0, :, 3] = 0
+
+    def error(found: tuple[Tensor, Tensor]) -> Tensor:
+        """Of the nearest codes on the grids found."""
+        scale, zero = (part.unsqueeze(-1) for part in found)
+        codes = nearest(target.transpose(1, 2), *found, bits)
+        return ((codes - zero) * scale - target.transpose(1, 2)).norm(dim=-1)
+
+    results = {}
+    for name in cpu.instruction_sets():
+        with cpu.using(name):
+            results[name] = error(columns.fit_columns(target, bits, grid))
+    with monkeypatch.context() as patch:
+        patch.setattr(columns.cpu, "library", lambda: None)
+        wanted = error(columns.fit_columns(target, bits, grid))
+    for name, found in results.items():
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0, msg=name)
 
 
 @pytest.mark.skipif(cpu.library() is None, reason="no compiled kernels")

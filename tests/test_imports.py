@@ -14,7 +14,7 @@ ROOT = Path(transformers_mcmoe.__file__).parent
 # lower layers never import higher ones
 LAYERS = [
     {"version", "workdir", "memory", "progress", "kernels", "quantization", "allocation", "config", "plan"},
-    {"models", "calibration", "nn", "routing", "structure"},
+    {"models", "calibration", "nn", "routing", "structure", "tuning"},
     {"pipeline"},
     {"quantizer", "pruning", "integrations", "evaluation", "report", "cli"},
 ]

@@ -19,6 +19,7 @@ from transformers_mcmoe import (
     train_expert_pruning,
 )
 from transformers_mcmoe.kernels import cpu
+from transformers_mcmoe.models.training import frozen
 from transformers_mcmoe.progress import Meter
 from transformers_mcmoe.routing import (
     PrefixRouter,
@@ -33,7 +34,7 @@ from transformers_mcmoe.routing.call import Call
 from transformers_mcmoe.routing.otp import LearnedPruning
 from transformers_mcmoe.routing.otp.costs import CostMeter, Trace
 from transformers_mcmoe.routing.otp.fitting import fit_router
-from transformers_mcmoe.routing.otp.joint import frozen, shift_curve, shift_for
+from transformers_mcmoe.routing.otp.joint import shift_curve, shift_for
 from transformers_mcmoe.routing.otp.training import RouterTraining
 
 IDS = tokens(2, 24, seed=1)

@@ -321,9 +321,9 @@ def test_unknown_experts_class_is_named(dense):
         find_experts(model)
 
 
-@pytest.mark.parametrize("bits", [0.9, 3.5])
+@pytest.mark.parametrize("bits", [0.9, 4.5])
 def test_infeasible_average(dense, bits):
-    with pytest.raises(ValueError, match=rf"bits={bits} cannot be met.*lies between 1\.\d+ and 3\.\d+"):
+    with pytest.raises(ValueError, match=rf"bits={bits} cannot be met.*lies between 1\.\d+ and 4\.00"):
         compressed(dense, quick_config(bits=bits))
 
 

@@ -19,6 +19,7 @@ from transformers_mcmoe.calibration.statistics import (
     SAMPLE,
     ExpertInputs,
     LayerTokens,
+    Outputs,
     RoutingStatistics,
     Sample,
     output_errors,
@@ -289,13 +290,13 @@ class TestHeldOut:
 
     def test_too_few_of_them_are_starved(self, tmp_path: Path):
         inputs = ExpertInputs(2, tmp_path / "x", 0)
-        for expert, few in ((0, 3), (1, 4)):
+        for expert, few in ((0, 7), (1, 8)):
             inputs.record(expert, *_numbered(0, 100), None, torch.arange(100) < few)
         assert inputs.is_starved(0)
         assert not inputs.is_starved(1)
 
-    @pytest.mark.parametrize(("total", "held"), [(16, [7, 15]), (8, [7]), (3, [2]), (2, [1])])
-    def test_every_eighth_sequence(self, total: int, held: list[int]):
+    @pytest.mark.parametrize(("total", "held"), [(16, [3, 7, 11, 15]), (8, [3, 7]), (3, [2]), (2, [1])])
+    def test_every_fourth_sequence(self, total: int, held: list[int]):
         layer, tokens, seen = torch.nn.Identity(), LayerTokens(), []
         with tokens.observe(layer):
             for start in range(0, total, 2):  # batches of two sequences of five tokens
@@ -316,7 +317,12 @@ class TestHeldOut:
         tokens = LayerTokens()
         masks = [tokens.held_out(3, None, n, 100) for n in (30, 1, 33)]
         assert tokens.held_out(4, None, 8, 100).sum() == 0  # every expert is counted apart
-        assert torch.cat(masks).nonzero().flatten().tolist() == [28, 29, 30, 31, 60, 61, 62, 63]
+        assert torch.cat(masks).nonzero().flatten().tolist() == [
+            *range(12, 16),
+            *range(28, 32),
+            *range(44, 48),
+            *range(60, 64),
+        ]
         assert tokens.norms(None) is None
 
 
@@ -331,3 +337,22 @@ def test_relative_errors_weigh_a_token_by_what_it_enters(tmp_path: Path):
     expected = (3.0 * ((weight[:, None] * change).square().sum(-1) / (entered * entered.median())).sum()).sqrt()
     (error,) = output_errors(experts, 2, Sample(x, weight, norm, 3.0), [matrices], relative=True)
     assert error == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_outputs_are_compared_relative_to_their_norms():
+    layer, outputs = torch.nn.Linear(3, 3, bias=False), Outputs()
+    weight = layer.weight.data.clone()
+
+    def run() -> float:
+        with outputs.observe(layer), torch.no_grad():
+            for x in batches:
+                layer(x)
+        return outputs.change()
+
+    batches = [torch.randn(2, 4, 3), torch.randn(1, 4, 3)]
+    assert run() == 0
+    layer.weight.data = weight + 0.1
+    x = torch.cat([batch.flatten(0, 1) for batch in batches])
+    norm, change = (x @ weight.T).norm(dim=-1), (x @ torch.full((3, 3), 0.1)).norm(dim=-1)
+    assert run() == pytest.approx(float((change.square() / (norm * norm.median())).mean().sqrt()), rel=1e-4)
+    assert run() == pytest.approx(run())  # always against the first

@@ -134,47 +134,9 @@ def test_writing_to_a_layer_does_not_reach_the_mapped_file(family, tmp_path):
             assert all(torch.equal(parameter, original[name]) for name, parameter in layer.named_parameters())
 
 
-def _divergence(model, changed, ids):
-    """Mean KL of a changed model's predictions from a model's, over whole forward passes."""
-    with torch.no_grad():
-        dense, other = (torch.log_softmax(m(ids, use_cache=False).logits.float(), -1) for m in (model, changed))
-    return float((dense.exp() * (dense - other)).sum(-1).mean())
-
-
-def _scale(layer, factor):
-    for parameter in layer.parameters():
-        if parameter.dim() >= 2:
-            parameter.data.mul_(factor)
-
-
-@pytest.mark.parametrize("streamed", [True, False])
-@pytest.mark.parametrize("family", STREAMED)
-def test_probes_equal_full_forward(family, streamed, tmp_path):
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])  # one has masks for every sequence of a batch
+def test_a_pass_over_some_of_the_sequences(family, tmp_path):
     folder = save_dense(family, tmp_path / "dense")
-    model, changed = (load_class(folder).from_pretrained(folder, dtype=torch.float32).eval() for _ in range(2))
-    runner = _open(folder, tmp_path)
-    ids = tokens(2, 10)
-    expected = {}
-    with computing():
-        if not streamed:
-            runner = LoadedRunner(runner.weights, runner.layers, tokens(4, 24), 2, "a test")
-        probes = runner.probes(ids, len(runner.layers))
-        for i, path in enumerate(runner.layers):
-            with runner.loaded(i) as layer:
-                probes.advance(i)
-                _scale(layer, 3.0)
-                probes.branch(i, path)
-                _scale(layer, 1 / 3.0)
-            _scale(changed.get_submodule(path), 3.0)
-            expected[path] = _divergence(model, changed, ids)
-            _scale(changed.get_submodule(path), 1 / 3.0)
-        found = probes.divergences()
-    assert found == pytest.approx(expected, rel=0.02, abs=1e-6)
-    assert max(found.values()) > 0
-
-
-def test_a_pass_over_some_of_the_sequences(tmp_path):
-    folder = save_dense("mixtral", tmp_path / "dense")
     runner = _open(folder, tmp_path, batch=2)
     seen = []
     with computing():

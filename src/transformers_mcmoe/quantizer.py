@@ -14,11 +14,12 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import types
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from transformers_mcmoe.models.names import packed_conversions
 from transformers_mcmoe.models.stream import Checkpoint
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.nn import PackedExperts, PackedLinear
-from transformers_mcmoe.pipeline import Compressed, compress, unread_patterns
+from transformers_mcmoe.pipeline import TEACHER, Compressed, compress, unread_patterns
 from transformers_mcmoe.pipeline.prepare import tokens_for
 from transformers_mcmoe.plan import Plan, average_bits
 from transformers_mcmoe.pruning import (
@@ -48,6 +49,7 @@ from transformers_mcmoe.pruning import (
 )
 from transformers_mcmoe.report import build_report, read_report, write_report
 from transformers_mcmoe.routing import ROUTER, ExpertPruning, attached, set_router
+from transformers_mcmoe.tuning import tune
 
 logger = logging.getLogger(__name__)
 
@@ -136,12 +138,28 @@ class MCMoEHfQuantizer(HfQuantizer):
         if self._result is not None:
             self.report = build_report(model, self.quantization_config, self._result)
             self.quantization_config.bits = round(average_bits(self._result.matrices), 6)
+            self._tune(model, self._result)
             self._result = None
         self._prune(model)
         _tell_peft()
         model.save_pretrained = types.MethodType(save_pretrained, model)
         model.push_to_hub = types.MethodType(push_to_hub, model)
         return model
+
+    def _tune(self, model: Any, result: Compressed) -> None:
+        """Train what is real-valued in the packed model on the dense model's output, if the config asks for it."""
+        config, started = self.quantization_config, time.monotonic()
+        if result.teacher is None:
+            return
+        assert self.report is not None
+        assert self._work_dir is not None
+        try:
+            self.report["tuning"] = asdict(tune(model, result.teacher, config))
+        except ValueError as error:  # hours of work are not thrown away
+            logger.warning("The model is compressed, but not tuned: %s", error)
+            self.report["fallbacks"].append(f"Not tuned: {error}")
+        self.report["seconds"]["tune"] = time.monotonic() - started
+        (self._work_dir / TEACHER).unlink(missing_ok=True)
 
     def _prune(self, model: Any) -> None:
         """Start the expert pruning that the config asks for, or that the checkpoint was saved with."""

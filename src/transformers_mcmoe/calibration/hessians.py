@@ -99,7 +99,7 @@ class DownHessians:
     """Hessians of down projections behind rounded input projections, and what these took from the experts' outputs.
 
     With h what a down projection W read before rounding and h' what it reads now, the output W h is best rebuilt by the
-    matrix W + sum (W (h - h'))^T h' * (sum h'^T h')^-1, a regression on the tokens.
+    matrix W + W sum (h - h')^T h' * (sum h'^T h')^-1, a regression on the tokens.
 
     Args:
         experts: the module's adapter, with its dense weights.
@@ -107,7 +107,7 @@ class DownHessians:
 
     Attributes:
         hessian: sums of h'^T h'.
-        missing: [B, out, in] float32, sums of (W (h - h'))^T h'.
+        missing: [B, in, in] float32, sums of (h - h')^T h'; where W has far fewer rows, of (W (h - h'))^T h', [B, out, in].
     """
 
     def __init__(self, experts: Experts, rounded: Mapping[int, Mapping[str, Tensor]]) -> None:
@@ -116,7 +116,10 @@ class DownHessians:
         self._down = experts.projections[-1]
         device = experts.matrix(0, self._down.name).device
         self.hessian = Hessian.zeros(len(rounded), self._down.in_features, device)
-        self.missing = torch.zeros(len(rounded), self._down.out_features, self._down.in_features, device=device)
+        # per token, products with W take twice its rows
+        self._projected = 2 * self._down.out_features < self._down.in_features
+        rows = self._down.out_features if self._projected else self._down.in_features
+        self.missing = torch.zeros(len(rounded), rows, self._down.in_features, device=device)
 
     def record(self, expert: int, x: Tensor, weights: Tensor | None = None, position: Tensor | None = None) -> None:
         """Count tokens `x` [n, H] that are routed to an expert."""
@@ -127,7 +130,9 @@ class DownHessians:
         now = self._experts.inputs(expert, x, self._rounded[expert])["down"]
         lost = self._experts.inputs(expert, x)["down"] - now
         self.hessian.add(index, now)
-        self.missing[index].addmm_((lost @ self._experts.matrix(expert, self._down.name).to(x.dtype).T).T, now)
+        if self._projected:
+            lost = lost @ self._dense(expert).T
+        self.missing[index].addmm_(lost.T, now)
 
     def clear(self, expert: int) -> None:
         """Forget the tokens of an expert."""
@@ -144,14 +149,18 @@ class DownHessians:
         for expert, index in self._index.items():
             damped = self.hessian.total[index].clone()
             mean = float(damped.diagonal().mean())
-            dense = self._experts.matrix(expert, self._down.name).to(torch.float32)
+            dense = self._dense(expert)
             damped.diagonal().add_(RIDGE * mean)
             lower, info = torch.linalg.cholesky_ex(damped)
             if mean <= 0 or int(info) != 0:
                 found[expert] = dense
             else:
-                found[expert] = dense + torch.cholesky_solve(self.missing[index].T, lower).T
+                change = torch.cholesky_solve(self.missing[index].T, lower).T
+                found[expert] = dense + (change if self._projected else dense @ change)
         return found
+
+    def _dense(self, expert: int) -> Tensor:
+        return self._experts.matrix(expert, self._down.name).to(torch.float32)
 
 
 def probe_inputs(

@@ -26,7 +26,7 @@ SAMPLE = 1024
 FEW_TOKENS = 32
 # one sequence in so many is kept from the Hessians where errors of GPTQ are measured: on tokens that it was fitted to, the
 # error of an expert that saw few tokens looks up to 2.5 times too small
-HELD_OUT = 8
+HELD_OUT = 4
 
 
 @dataclass
@@ -229,6 +229,37 @@ class OutputNorms:
             yield
 
 
+class Outputs:
+    """What a decoder layer returns, against what it returned for the same tokens before it was changed."""
+
+    def __init__(self) -> None:
+        self._known: list[Tensor] = []
+        self._new: list[Tensor] = []
+
+    @contextmanager
+    def observe(self, layer: nn.Module) -> Iterator[None]:
+        """While open, every call of the layer is looked at; its first output is [.., H]."""
+        self._new = []
+
+        def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            y = output[0] if isinstance(output, tuple) else output
+            self._new.append(y.detach().flatten(0, -2).to("cpu", torch.float32))
+
+        with layer.register_forward_hook(keep):
+            yield
+
+    def change(self) -> float:
+        """Norm of the latest outputs' change from the first ones, 0 for those themselves.
+
+        Relative, as `output_errors` has it: a token's squared change is divided by its norm and by the median norm.
+        """
+        self._known = self._known or self._new
+        before, after = torch.cat(self._known), torch.cat(self._new)
+        norm = before.norm(dim=-1).to(torch.float64).clamp(min=1e-15)
+        squared = (after - before).square().sum(-1).to(torch.float64)
+        return float((squared / (norm * norm.median())).mean().sqrt())
+
+
 @dataclass
 class BlockChange:
     """How much a MoE block changes its input: sums of the cosine between a token's input and output.
@@ -262,7 +293,12 @@ class BlockChange:
 
 
 def output_errors(
-    experts: Experts, expert: int, sample: Sample, candidates: Iterable[Mapping[str, Tensor]], relative: bool = False
+    experts: Experts,
+    expert: int,
+    sample: Sample,
+    candidates: Iterable[Mapping[str, Tensor]],
+    relative: bool = False,
+    down: bool = False,
 ) -> list[float]:
     """Frobenius norm of the change in the MoE block's output when one expert's matrices are replaced.
 
@@ -278,13 +314,15 @@ def output_errors(
             change enters, the hidden state and the expert's own output taken as orthogonal. The next norm layer divides
             by it, so that errors of different layers compare; but tokens of huge norm are attention sinks, which all
             others attend to: divided by their norm alone they count by it, neither nothing nor everything.
+        down: candidates change the down projection only.
 
     Returns:
         One norm per candidate.
     """
     device = experts.matrix(expert, experts.projections[0].name).device
     x, weight = sample.x.to(device, torch.float32), sample.weight.to(device, torch.float64)
-    dense = experts.run(expert, x)
+    inner = experts.inputs(expert, x)["down"] if down else None
+    dense = experts.run(expert, x, inner=inner)
     if relative:
         own = dense.square().sum(-1).to(torch.float64) * weight.square()
         entered = (own + sample.norm.to(device, torch.float64).square()).sqrt().clamp(min=1e-15)
@@ -293,7 +331,8 @@ def output_errors(
         factor = weight.square()
     errors = []
     for matrices in candidates:
-        change = experts.run(expert, x, {name: matrix.to(device) for name, matrix in matrices.items()}).sub_(dense)
+        given = {name: matrix.to(device) for name, matrix in matrices.items()}
+        change = experts.run(expert, x, given, inner).sub_(dense)
         squared = change.square().sum(-1).to(torch.float64) * factor
         errors.append(float((squared.sum() * sample.scale).sqrt()))
     return errors

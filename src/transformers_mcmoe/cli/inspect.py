@@ -37,6 +37,8 @@ def inspect(
         notes(report)
         rows = [(path, d if isinstance(d, str) else json.dumps(d)) for path, d in report["expert_bits"].items()]
         show_table(("experts", "bits of each expert"), rows)
+        if report.get("down_bits", report["expert_bits"]) != report["expert_bits"]:
+            show_table(("experts", "bits of its down projection"), list(report["down_bits"].items()))
     show_pairs(
         (name.replace("_", " "), " ".join(value) if isinstance(value, list) else str(value))
         for name, value in backend.items()

@@ -38,7 +38,6 @@ PANELS = {
         "gamma",
         "eps",
         "granularity",
-        "sensitivity",
         "at_least",
     ),
     "Rounding": (
@@ -51,6 +50,8 @@ PANELS = {
         "sweeps",
         "sequential",
         "activations",
+        "tuning_steps",
+        "tuning_rate",
     ),
     "Calibration": ("dataset", "num_samples", "seq_len", "tokenizer", "seed"),
     "Expert pruning at run time": ("odp", "odp_rate", "odp_options", "otp", "otp_options"),
@@ -58,9 +59,9 @@ PANELS = {
 }
 # help where the docstring speaks of Python, and defaults and types where the command line has others
 HELP = {
-    "expert_bits": "candidate widths of an expert, e.g. 1,2,3; each of 1, 2, 3, 4, 8.",
-    "attention_bits": "width of attention projections, 16 to leave them, or several to choose from, e.g. 4,8. Default: 4,8 with "
-    "--sensitivity kl, else 4.",
+    "expert_bits": "candidate widths of an expert, e.g. 2,3,4; each of 1, 2, 3, 4, 8.",
+    "attention_bits": "width of attention projections, 16 to leave them, or several to choose from. Default: 4,8, "
+    "but 4 with another allocation than pmq, with one budget per layer, or with at_least.",
     "shared_expert_bits": "the same for shared experts and dense MLPs.",
     "target_size": "size of the weights' files, e.g. 16GB, in place of --bits; all that is stored counts.",
     "at_least": "least number of experts of a layer per width, e.g. 3:1,2:1 (the papers' constraint).",
@@ -78,10 +79,10 @@ HELP = {
     "otp_options": "further fields of OTPConfig as JSON, e.g. '{\"steps\": 30}'. Implies --otp.",
 }
 # help that begins with a value keeps it as it is typed
-VALUES = ("layer", "hidden", "pmq", "gptq", "search", "final", "paper", "fast")
+VALUES = ("layer", "pmq", "gptq", "search", "final", "paper", "fast")
 TYPES: dict[str, tuple[Any, Any]] = {
     "target_size": (str | None, None),
-    "expert_bits": (str, "1,2,3"),
+    "expert_bits": (str, "1,2,3,4"),
     "attention_bits": (str | None, None),
     "shared_expert_bits": (str | None, None),
     "at_least": (str | None, None),

@@ -30,7 +30,6 @@ from transformers_mcmoe.config.values import (
     PRESETS,
     RESERVED,
     ROUNDINGS,
-    SENSITIVITIES,
     as_bytes,
     as_widths,
     ascending,
@@ -62,8 +61,8 @@ class MCMoEConfig(QuantizationConfigMixin):
             takes the place of `bits`.
         expert_bits: candidate widths per expert, each of 1, 2, 3, 4, 8.
         attention_bits: width of attention projections; 16 leaves them as they are (and out of the average). Several are
-            candidates, of which sensitivity="kl" chooses one per layer within `bits`. Default: (4, 8) there (without at_least),
-            else 4.
+            candidates, of which one is chosen per projection within `bits`: for "pmq" with eps="final", budget="model",
+            alpha=beta=0 and without at_least, where (4, 8) is the default; else it is 4.
         shared_expert_bits: the same for shared experts and dense MLPs.
         group_size: most columns that share a scale, a multiple of 32; the largest multiple of 32 that divides a
             matrix's in_features is taken.
@@ -80,13 +79,15 @@ class MCMoEConfig(QuantizationConfigMixin):
         eps: "final" measures errors with the quantizer that is used, on sequences kept from its Hessians, relative to
             the hidden states; "nearest" with plain rounding over the whole range, absolute, as the papers do.
         granularity: "expert" gives all matrices of an expert one width; "projection" chooses for gate and up, and for down,
-            apart (for "pmq" with eps="final" and budget="model", without at_least).
-        sensitivity: how errors of layers compare under one budget for the model: "hidden" takes them relative to the hidden
-            states of the layers that read them; "kl" measures how much the output of the dense model changes when a layer's experts, or its
-            attention, are rounded (docs/quantization.md has where it loses).
+            apart; under the same conditions, where it is the default.
         at_least: width -> least number of experts of a layer that take it; {3: 1, 2: 1} is the papers' constraint.
+        tuning_steps: steps of training on the KL divergence from the dense model's output, once the model is packed: scales and
+            zeros of all matrices, norms and routers move, codes stay. A step is one calibration sequence, or several that have
+            1,024 tokens together; the packed model is in
+            memory, with 32 bytes per group beside it (docs/quantization.md).
+        tuning_rate: highest learning rate of that: a step changes a value by about this share.
         preset: "fast" is one pass over 32 sequences with uniform widths; "best" has eight sweeps of coordinate descent
-            instead of two; "default" sets nothing; "paper" sets what the text of arXiv 2410.06270 says: PMQ per
+            instead of two, and 128 tuning_steps; "default" sets nothing; "paper" sets what the text of arXiv 2410.06270 says: PMQ per
             layer with alpha 1, beta 1.5, gamma 2, errors of plain rounding, at least one 3-bit and one 2-bit expert a layer.
         rounding: "gptq" (error feedback on calibration data) or "nearest" (data-free).
         fit: grid of a group: "search" (clipped range of least error), "minmax", or "hqq" (half-quadratic zero).
@@ -126,7 +127,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         bits: float = 2.54,
         *,
         target_size: int | str | None = None,
-        expert_bits: Sequence[int] = (1, 2, 3),
+        expert_bits: Sequence[int] = (1, 2, 3, 4),
         attention_bits: int | Sequence[int] | None = None,
         shared_expert_bits: int | Sequence[int] | None = None,
         group_size: int = 128,
@@ -136,8 +137,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         beta: float = 0.0,
         gamma: float = 2.0,
         eps: str = "final",
-        granularity: str = "expert",
-        sensitivity: str = "hidden",
+        granularity: str | None = None,
         at_least: Mapping[int, int] | None = None,
         preset: str | None = None,
         rounding: str = "gptq",
@@ -149,6 +149,8 @@ class MCMoEConfig(QuantizationConfigMixin):
         sequential: bool = True,
         sweeps: int = 2,
         activations: str = "compressed",
+        tuning_steps: int = 0,
+        tuning_rate: float = 2e-3,
         dataset: Any = None,
         num_samples: int = 128,
         seq_len: int = 2048,
@@ -167,7 +169,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # a plain string, as for any external method
         self.bits, self.target_size = bits, target_size
         self.expert_bits = tuple(expert_bits) if isinstance(expert_bits, Sequence) else expert_bits
-        self.sensitivity, self.granularity = sensitivity, granularity
+        self.granularity = granularity
         self.attention_bits, self.shared_expert_bits = as_widths(attention_bits), as_widths(shared_expert_bits)
         self.group_size = group_size
         self.budget = budget
@@ -183,6 +185,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         self.sequential = sequential
         self.sweeps = sweeps
         self.activations = activations
+        self.tuning_steps, self.tuning_rate = tuning_steps, tuning_rate
         self.dataset = dataset
         self.num_samples = num_samples
         self.seq_len = seq_len
@@ -202,12 +205,18 @@ class MCMoEConfig(QuantizationConfigMixin):
         self._apply_preset()
         if self.budget is None:
             self.budget = "model" if self.relative_errors or allocation == "bsp" else "layer"
-        whole = self.relative_errors and self.budget == "model"
-        check(self.sensitivity != "kl" or whole, "sensitivity", self.sensitivity, NEEDS_MODEL)
-        choice = (4, 8) if self.sensitivity == "kl" and not self.at_least else 4
+        choice = (4, 8) if self.whole else 4
         self.attention_bits = choice if self.attention_bits is None else self.attention_bits
         self.shared_expert_bits = choice if self.shared_expert_bits is None else self.shared_expert_bits
+        if self.granularity is None:
+            self.granularity = "projection" if self.whole else "expert"
         self._validate()
+
+    @property
+    def whole(self) -> bool:
+        """Whether one program without further conditions spans the model, in which all kinds of matrices compare."""
+        plain = self.relative_errors and not (self.alpha or self.beta or self.at_least)
+        return plain and self.budget == "model"
 
     @property
     def relative_errors(self) -> bool:
@@ -235,8 +244,7 @@ class MCMoEConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if isinstance(value, tuple):
                 check(ascending(value), name, value, f"distinct ascending widths out of {WIDTHS}")
-                alone = self.sensitivity == "kl" and not self.at_least
-                check(alone, name, value, "one width with at_least or without sensitivity='kl'")
+                check(self.whole, name, value, f"one width, or {NEEDS_MODEL}")
             else:
                 check(
                     is_width(value) or value == 16, name, value, f"one of {(*WIDTHS, 16)}, or several to choose from"
@@ -250,7 +258,6 @@ class MCMoEConfig(QuantizationConfigMixin):
             "rounding": ROUNDINGS,
             "fit": FITS,
             "activations": ACTIVATIONS,
-            "sensitivity": SENSITIVITIES,
             "granularity": GRANULARITIES,
         }
         for name, allowed in choices.items():
@@ -258,11 +265,17 @@ class MCMoEConfig(QuantizationConfigMixin):
         for name in ("symmetric", "integer_zeros", "act_order", "sequential"):
             check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         check(isinstance(self.damping, int | float) and 0 <= self.damping < 1, "damping", self.damping, "in [0, 1)")
-        whole = self.relative_errors and self.budget == "model" and not self.at_least
         check(
-            self.granularity == "expert" or whole, "granularity", self.granularity, f"{NEEDS_MODEL}, without at_least"
+            self.granularity == "expert" or self.whole,
+            "granularity",
+            self.granularity,
+            NEEDS_MODEL,
         )
-        check(isinstance(self.sweeps, int) and self.sweeps >= 0, "sweeps", self.sweeps, "an integer >= 0")
+        for name in ("sweeps", "tuning_steps"):
+            value = getattr(self, name)
+            check(isinstance(value, int) and value >= 0, name, value, "an integer >= 0")
+        rate = self.tuning_rate
+        check(isinstance(rate, int | float) and 0 < rate < 1, "tuning_rate", rate, "in (0, 1)")
         Grid(self.fit, self.symmetric, self.integer_zeros)  # refuses what does not go together
         if self.allocation == "bsp":
             pair = self.budget == "model" and len(self.expert_bits) == 2 and not self.at_least
@@ -354,7 +367,6 @@ class MCMoEConfig(QuantizationConfigMixin):
         data.pop("quant_method", None)
         if "average_bits" in data:
             data["bits"] = data.pop("average_bits")
-            data.setdefault("sensitivity", "hidden")  # what there was before the option
         known = set(cls().__dict__) | set(RESERVED)
         unknown = sorted(set(data) - known)
         if unknown:

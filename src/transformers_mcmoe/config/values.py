@@ -17,14 +17,13 @@ ALLOCATIONS = ("pmq", "uniform", "random", "frequency", "routing_weight", "f_nor
 ROUNDINGS = ("gptq", "nearest")
 ERRORS = ("final", "nearest")
 ACTIVATIONS = ("compressed", "dense")
-SENSITIVITIES = ("kl", "hidden")
 GRANULARITIES = ("expert", "projection")
-NEEDS_MODEL = "used with allocation='pmq', eps='final' and budget='model'"
+NEEDS_MODEL = "used with allocation='pmq', eps='final', budget='model', alpha=beta=0, and without at_least"
 # what a preset sets; the options it names cannot be given beside it
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"allocation": "uniform", "sequential": False, "sweeps": 0, "num_samples": 32},
     "default": {},
-    "best": {"sweeps": 8},
+    "best": {"sweeps": 8, "tuning_steps": 128},
     "paper": {
         "allocation": "pmq",
         "budget": "layer",

@@ -74,6 +74,7 @@ def library() -> ctypes.CDLL | None:
         *routing, pointer, pointer, integer, integer, ctypes.c_float, pointer, integer, integer
     ]  # fmt: skip
     loaded.mcmoe_skip_below.argtypes = [*routing, pointer, pointer, integer]
+    loaded.mcmoe_grid_errors.argtypes = [*[pointer] * 4, integer, pointer, integer]
     loaded.mcmoe_round_columns.argtypes = [*[pointer] * 7, integer]
     loaded.mcmoe_descend_columns.argtypes = [*[pointer] * 4, integer, integer]
     if loaded.mcmoe_select(wanted.encode()) is None:
@@ -207,6 +208,29 @@ def moe_mlp(
         DTYPES[x.dtype], tokens, index.data_ptr(), weights.data_ptr(), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def grid_errors(values: Tensor, inverse: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Squared distances of groups from candidate grids, as `quantization.columns.grid_errors` defines them.
+
+    Args:
+        values: [B, G, out] float32 on CPU, weights.
+        inverse: [C, B, out] float32, one over the scales.
+        zero: [C, B, out] float32.
+        bits: code width.
+
+    Returns:
+        [C, B, out], in units of codes.
+    """
+    values, inverse, zero = values.contiguous(), inverse.contiguous(), zero.contiguous()
+    batch, columns, rows = values.shape
+    errors = torch.empty_like(inverse)
+    sizes = (ctypes.c_int * 4)(batch, columns, rows, bits)
+    pointers = [tensor.data_ptr() for tensor in (values, inverse, zero)]
+    loaded = library()
+    assert loaded is not None
+    loaded.mcmoe_grid_errors(sizes, *pointers, len(inverse), errors.data_ptr(), torch.get_num_threads())
+    return errors
 
 
 def round_columns(values: Tensor, feedback: Tensor, diagonal: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,7 +28,7 @@ class Structure:
     Attributes:
         experts: adapters by module path.
         linears: width by module path of linear layers outside the experts; the lowest where there is a choice.
-        choices: module path of an attention or MLP that has a choice -> the widths its linear layers may take together.
+        choices: the widths that a linear layer may take, by path of those that have a choice.
         names: checkpoint names.
 
     Raises:
@@ -50,17 +50,13 @@ class Structure:
         for path, widths in found.items():
             self.linears[path] = widths if isinstance(widths, int) else widths[0]
             if not isinstance(widths, int):
-                self.choices[path.rpartition(".")[0]] = widths
+                self.choices[path] = widths
         self.names = CheckpointNames(model)
 
     def expert_weights(self, path: str, role: str | None = None) -> int:
         """Weights of one expert of a module, or of its matrices of a role."""
         projections = (p for p in self.experts[path].projections if role in (None, p.role))
         return sum(p.out_features * p.in_features for p in projections)
-
-    def part(self, path: str) -> list[str]:
-        """The linear layers of an attention or MLP that has a choice."""
-        return [linear for linear in self.linears if linear.rpartition(".")[0] == path]
 
     def linear_weights(self) -> dict[str, int]:
         """Weights of every quantized linear layer."""

@@ -32,12 +32,15 @@ from transformers_mcmoe.pipeline.job import Job
 from transformers_mcmoe.pipeline.prepare import OVERHEAD, disk_need, fingerprint_of, hessian_memory, prepare, sized
 from transformers_mcmoe.plan import Matrix, Plan
 from transformers_mcmoe.progress import Meter
+from transformers_mcmoe.tuning import Teacher, check_head
 from transformers_mcmoe.workdir import WorkDir
 
-__all__ = ["OVERHEAD", "Compressed", "LayerResult", "allocate", "compress", "unread_patterns"]
+__all__ = ["OVERHEAD", "TEACHER", "Compressed", "LayerResult", "allocate", "compress", "unread_patterns"]
 
 # tokens per forward pass of a layer: activations stay small beside the weights
 BATCH_TOKENS = 2048
+# file of the dense model's outputs in the work folder; it outlives the compression, until the model is tuned
+TEACHER = "teacher.states"
 
 
 @dataclass
@@ -55,6 +58,7 @@ class Compressed:
         tokens: calibration tokens run, 0 if none.
         tokens_sha256: of their ids, None if none.
         plan_given: whether the config brought the plan.
+        teacher: what the dense model returned for the sequences to tune on, or None.
     """
 
     plan: Plan
@@ -67,6 +71,7 @@ class Compressed:
     tokens: int
     tokens_sha256: str | None = None
     plan_given: bool = False
+    teacher: Teacher | None = None
 
 
 def compress(
@@ -85,6 +90,7 @@ def compress(
         ValueError, NotImplementedError, OSError: one sentence each, before any weight is read where possible.
     """
     with _prepared(model, checkpoint_files, config, dtype, work_dir) as (job, structure, calibration):
+        teacher = job.teach(work_dir / TEACHER)
         plan, files = job.run()
     return Compressed(
         plan=plan,
@@ -97,6 +103,7 @@ def compress(
         tokens=0 if calibration is None else calibration.numel(),
         tokens_sha256=None if calibration is None else fingerprint(calibration),
         plan_given=config.plan is not None,
+        teacher=teacher,
     )
 
 
@@ -114,6 +121,8 @@ def _prepared(
 ) -> Iterator[tuple[Job, Structure, Tensor | None]]:
     """A job that may begin, its structure and its calibration tokens."""
     started = time.monotonic()
+    if config.tuning_steps:
+        check_head(model)
     device = config.device or torch.device("cpu")
     meter = Meter(config.progress)
     with computing(), ExitStack() as stack:
@@ -128,7 +137,7 @@ def _prepared(
         # a run that needs no data still looks at what layers are given
         tokens = torch.zeros(1, 8, dtype=torch.int64) if calibration is None else calibration
         work = WorkDir(work_dir, fingerprint_of(structure, config, checkpoint_files, tokens))
-        work.claim(disk_need(structure, tokens.numel(), dtype))
+        work.claim(disk_need(structure, config, tokens.numel(), dtype))
         stack.callback(work.clean)
         runner = open_runner(
             structure.model,

@@ -6,7 +6,7 @@ Knows measurements, budgets and the solver; it does not know how anything was me
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,7 +35,6 @@ class LayerResult:
         role_errors: role -> width -> eps of every expert when only its matrices of that role are rounded.
         hessian_errors: width -> sum of Tr(H) / tokens * |W' - W|^2 over the matrices of every expert.
         starved: experts that saw too few tokens to be measured on their own.
-        divergence: KL divergence of the model's output, in nats per token, when all experts have the reference width.
     """
 
     routing: RoutingStatistics | None = None
@@ -44,20 +43,6 @@ class LayerResult:
     role_errors: dict[str, dict[int, list[float]]] = field(default_factory=dict)
     hessian_errors: dict[int, list[float]] = field(default_factory=dict)
     starved: list[int] = field(default_factory=list)
-    divergence: float | None = None
-
-
-@dataclass
-class PartResult:
-    """What was measured of an attention or MLP that has a choice of widths.
-
-    Attributes:
-        errors: width -> sum over its linear layers of the squared error of their outputs.
-        divergence: KL divergence of the model's output, in nats per token, when it has its lowest width.
-    """
-
-    errors: dict[int, float] = field(default_factory=dict)
-    divergence: float = 0.0
 
 
 class Allocator:
@@ -85,33 +70,35 @@ class Allocator:
         return ExpertWidths.of(self._bits[choice])
 
     def model(
-        self, results: Mapping[str, LayerResult], scales: Mapping[str, float], parts: Mapping[str, PartResult]
+        self,
+        results: Mapping[str, LayerResult],
+        linears: Mapping[str, Mapping[int, float]],
+        scales: Mapping[str, float],
     ) -> Plan:
-        """Widths of all experts modules, and of attentions and MLPs that have a choice, under one budget.
+        """Widths of all experts modules, and of linear layers that have a choice, under one budget.
 
         Args:
-            results: measurements by path.
-            scales: by path, what the layer's errors are multiplied by, unless its effect on the model's output is known.
-            parts: measurements of attentions and MLPs that have a choice, by path.
+            results: measurements of experts modules by path.
+            linears: width -> eps of the linear layers that have a choice, by path.
+            scales: by path, what errors are multiplied by, so that those of different layers compare.
         """
         roles = self._config.granularity == "projection"
         # what shares a width: an expert, or its matrices of one role
         kinds = [(path, role) for path in results for role in (ROLES if roles else (None,))]
         options = max(len(self._bits), *map(len, self._structure.choices.values()), 0)
-        rows = []
-        for path, role in kinds:
-            cost = self._cost(path, results[path], self._scale(results[path], scales[path]), role)
-            rows.append(pad((cost, self._price(path, role)), options))
+        rows = [
+            pad((self._cost(path, results[path], scales[path], role), self._price(path, role)), options)
+            for path, role in kinds
+        ]
         counts = [len(own[0]) for own in rows]
-        for path, part in parts.items():
-            rows.append(pad(self._part(path, part), options))
+        rows += [pad(self._linear(path, errors, scales[path]), options) for path, errors in linears.items()]
         columns = [np.concatenate(tables) for tables in zip(*rows, strict=True)]
-        group = np.repeat(np.arange(len(rows)), [*counts, *[1] * len(parts)])
+        group = np.repeat(np.arange(len(rows)), [*counts, *[1] * len(linears)])
         choice = solve(
             columns[0],
             columns[1],
-            self._budget() + self._lowest(parts),
-            group=group if self._at_least() else None,  # with `at_least` there are no parts
+            self._budget() + self._lowest(linears),
+            group=group if self._at_least() else None,  # with `at_least` linear layers have no choice
             at_least=self._at_least(),
             allowed=columns[2],
         )
@@ -119,41 +106,23 @@ class Allocator:
         experts = {
             path: ExpertWidths(*(tuple(widths[path, role if roles else None]) for role in ROLES)) for path in results
         }
-        linears = dict(self._structure.linears)
-        for path, option in zip(parts, choice[sum(counts) :], strict=True):
-            linears |= dict.fromkeys(self._structure.part(path), self._structure.choices[path][option])
-        return Plan(experts, linears)
+        chosen = {
+            path: self._structure.choices[path][option]
+            for path, option in zip(linears, choice[sum(counts) :], strict=True)
+        }
+        return Plan(experts, self._structure.linears | chosen)
 
-    def reference(self) -> int:
-        """The width that experts have while a layer's sensitivity is measured: the one nearest to their average."""
-        weights = sum(
-            self._structure.expert_weights(path) * e.num_experts for path, e in self._structure.experts.items()
-        )
-        return min(self._config.expert_bits, key=lambda bits: abs(bits - self._budget() / weights))
-
-    def _scale(self, result: LayerResult, scale: float) -> float:
-        """What a layer's errors are multiplied by, so that those of different layers compare."""
-        if result.divergence is not None:
-            squared = sum(error**2 for error in result.errors[self.reference()])
-            return (max(result.divergence, 1e-12) / max(squared, 1e-30)) ** 0.5
-        return scale
-
-    def _part(self, path: str, part: PartResult) -> tuple[np.ndarray, np.ndarray]:
-        """Cost and price [1, J] of the widths of an attention or MLP."""
+    def _linear(self, path: str, errors: Mapping[int, float], scale: float) -> tuple[np.ndarray, np.ndarray]:
+        """Cost and price [1, J] of the widths of a linear layer."""
         widths = self._structure.choices[path]
-        lowest = max(part.errors[widths[0]], 1e-30)
-        cost = [max(part.divergence, 1e-12) * part.errors[bits] / lowest for bits in widths]
-        weights = sum(self._structure.linear_weights()[linear] for linear in self._structure.part(path))
-        return np.asarray([cost]), np.asarray([widths], np.float64) * weights
+        cost = [(errors[bits] * scale) ** self._config.gamma for bits in widths]
+        price = np.asarray([widths], np.float64) * self._structure.linear_weights()[path]
+        return np.asarray([cost]), price
 
-    def _lowest(self, parts: Mapping[str, PartResult]) -> int:
-        """Bits of attentions and MLPs at their lowest widths, which the experts' budget leaves out."""
+    def _lowest(self, linears: Iterable[str]) -> int:
+        """Bits of linear layers at their lowest widths, which the experts' budget leaves out."""
         weights = self._structure.linear_weights()
-        return sum(
-            weights[linear] * self._structure.choices[path][0]
-            for path in parts
-            for linear in self._structure.part(path)
-        )
+        return sum(weights[path] * self._structure.choices[path][0] for path in linears)
 
     def blocks(self, similarity: Mapping[str, float]) -> dict[str, ExpertWidths]:
         """One width per experts module by the block score, under one budget; see `layers_by_change`."""

@@ -27,6 +27,7 @@ from transformers_mcmoe.pipeline.writing import Writer
 from transformers_mcmoe.plan import ROLES, ExpertWidths, Plan
 from transformers_mcmoe.progress import Meter
 from transformers_mcmoe.quantization import dequantize
+from transformers_mcmoe.tuning import Teacher, sequences_for
 from transformers_mcmoe.workdir import WorkDir
 
 
@@ -63,10 +64,21 @@ class Job:
         self._work, self._meter = work, meter
         self._allocator = Allocator(structure, config, budgets)
         self._watcher = Watcher(structure, runner, config, work, limit)
-        self._measurer = Measurer(self._watcher, self._allocator.reference(), meter)
+        self._measurer = Measurer(self._watcher, meter)
         self.layers, self.fallbacks = self._watcher.layers, self._watcher.fallbacks
         self.seconds: dict[str, float] = {}
         self.writer = Writer(structure, runner.weights.targets)
+
+    def teach(self, path: Path) -> Teacher | None:
+        """What the dense model returns for the sequences that a tuning will train on, in a file; None without a tuning."""
+        if not self._config.tuning_steps:
+            return None
+        tokens = self._runner.tokens
+        count = min(len(tokens), sequences_for(self._config.tuning_steps, tokens.shape[1]))
+        stages = len(self._runner.layers)
+        hidden = self._timed("teach", lambda: self._runner.outputs(count, path, self._meter.layer_done), stages)
+        self._runner.restart()
+        return Teacher(tokens[: len(hidden)], hidden, self._runner.layers)
 
     def run(self) -> tuple[Plan, list[Path]]:
         """All stages; returns the plan and the packed files."""
@@ -97,8 +109,8 @@ class Job:
             return Plan(widths, self._structure.linears)
         return self._timed("allocate", self._allocate_model)
 
-    def _timed(self, stage: str, work: Callable[[], Any]) -> Any:
-        self._meter.start(stage, len(self._layers()))
+    def _timed(self, stage: str, work: Callable[[], Any], layers: int | None = None) -> Any:
+        self._meter.start(stage, layers or len(self._layers()))
         started = time.monotonic()
         result = work()
         self.seconds[stage] = time.monotonic() - started
@@ -117,7 +129,7 @@ class Job:
         """Costs of all layers on dense activations, then one program, or one per layer."""
         self._measurer.run(self._layers())
         if self._config.budget == "model":
-            return self._allocator.model(self.layers, self._measurer.scales(), self._measurer.parts)
+            return self._allocator.model(self.layers, self._measurer.linears, self._measurer.scales())
         widths = {path: self._allocator.layer(path, result) for path, result in self.layers.items()}
         return Plan(widths, self._structure.linears)
 

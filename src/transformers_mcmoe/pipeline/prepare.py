@@ -198,8 +198,9 @@ def memory_parts(structure: Structure, dtype: torch.dtype) -> tuple[int, int, in
     return layer, max(4 * layer, 2 * layer + 4 * single), rest
 
 
-def disk_need(structure: Structure, tokens: int, dtype: torch.dtype) -> int:
+def disk_need(structure: Structure, config: MCMoEConfig, tokens: int, dtype: torch.dtype) -> int:
     """Bytes that hidden states, samples of experts' inputs and packed layers (at 4 bits) take at most."""
+    tokens *= 2 if config.tuning_steps else 1  # hidden states behind the dense model are kept
     hidden = next(iter(structure.experts.values())).projections[0].in_features
     samples = SAMPLE * max(experts.num_experts for experts in structure.experts.values())
     weights = sum(structure.linear_weights().values())

@@ -22,13 +22,14 @@ from transformers_mcmoe.calibration.hessians import ExpertHessians
 from transformers_mcmoe.calibration.statistics import SAMPLE
 from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.models.structure import Structure
+from transformers_mcmoe.pipeline import measuring
 from transformers_mcmoe.pipeline.allocating import MEASURED
-from transformers_mcmoe.pipeline.measuring import LEAST_SEQUENCES, SHARE
 from transformers_mcmoe.pipeline.prepare import OVERHEAD, budgets_of, disk_need, hessian_memory, memory_parts, sized
 from transformers_mcmoe.pipeline.rounding import ROWS, grid_of
 from transformers_mcmoe.plan import ExpertWidths, Plan, average_bits, bits_per_weight
-from transformers_mcmoe.quantization import Factor, gptq, group_size_for, quantize
+from transformers_mcmoe.quantization import Factor, dequantize, gptq, group_size_for, pack, quantize
 from transformers_mcmoe.routing.prunable import TOP_K
+from transformers_mcmoe.tuning import sequences_for, sequences_per_step
 
 # a factorization costs the cube of its size; larger ones are reckoned from this one
 _LARGEST = 2048
@@ -108,7 +109,7 @@ def preview(model: Any, config: MCMoEConfig, *, dtype: torch.dtype) -> Preview:
         total_bytes=packed + dtype.itemsize * (parameters - weights),
         dense_bytes=2 * weights + dtype.itemsize * (parameters - weights),
         memory_bytes=held + rest + OVERHEAD,
-        disk_bytes=disk_need(structure, tokens, dtype),
+        disk_bytes=disk_need(structure, config, tokens, dtype),
         seconds=_Clock(structure, config, dtype).seconds(),
     )
 
@@ -128,7 +129,8 @@ class _Clock:
         self._tokens = config.num_samples * config.seq_len
         # of the tokens that errors are measured on, where that is a pass of its own
         self._apart = config.plan is None and config.budget == "model" and config.allocation != "uniform"
-        self._share = min(1.0, max(1 / SHARE, LEAST_SEQUENCES / config.num_samples)) if self._apart else 1.0
+        share = measuring.sequences_for(config.num_samples, config.seq_len) / config.num_samples
+        self._share = share if self._apart else 1.0
         self._limit = hessian_memory(structure, config, dtype)
         self._known: dict[Any, float] = {}
         text = structure.model.config.get_text_config()
@@ -148,6 +150,9 @@ class _Clock:
         measured = config.plan is None and config.allocation in MEASURED
         errors = self._measuring() if measured else 0.0
         found = {}
+        if config.tuning_steps:
+            taught = sequences_for(config.tuning_steps, config.seq_len) / config.num_samples
+            found["teach"] = self._forward() * min(1.0, taught)
         if self._apart:
             found["allocate"] = errors + self._forward() * self._share
         rounding = sum(self._rounding(path, 1, config.sweeps) for path in self._structure.experts) + self._linears()
@@ -155,7 +160,21 @@ class _Clock:
         if config.rounding == "gptq" and config.sequential:
             counting += 2 * self._forward()  # gate and up twice, down once, attention
         found["quantize"] = rounding + counting + self._forward() + (0.0 if self._apart else errors)
+        if config.tuning_steps:
+            found["tune"] = self._tuning()
         return found
+
+    def _tuning(self) -> float:
+        """Steps: layers are run twice forward and once backward, and their matrices rebuilt each time."""
+        size = 512
+        bits = self._config.expert_bits[len(self._config.expert_bits) // 2]
+        packed = pack(quantize(torch.randn(size, size, device=self._device), bits, 128))
+        each = self._once("rebuilt", lambda: dequantize(packed, bits, size)) / size**2
+        experts = self._structure.experts
+        weights = sum(self._structure.linear_weights().values())
+        weights += sum(self._structure.expert_weights(path) * e.num_experts for path, e in experts.items())
+        one = 4 * self._forward() / self._config.num_samples + 3 * each * weights
+        return self._config.tuning_steps * sequences_per_step(self._config.seq_len) * one
 
     def _measuring(self) -> float:
         """Rounding at every width, and running the samples."""

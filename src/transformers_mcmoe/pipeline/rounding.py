@@ -25,6 +25,7 @@ from transformers_mcmoe.models.experts import Experts
 from transformers_mcmoe.models.stream import LayerRunner
 from transformers_mcmoe.plan import ROLES
 from transformers_mcmoe.quantization import Factor, Grid, Quantized, gptq, group_size_for, pack, quantize
+from transformers_mcmoe.quantization.gptq import REFITS
 from transformers_mcmoe.quantization.grid import CHUNK
 
 # rows that are rounded together: enough to hide the cost of a step per column
@@ -47,6 +48,7 @@ class ExpertRounder:
         hessians: theirs by role, which are used up; {} rounds to nearest.
         config: group size, grids, damping.
         grid: how grids are chosen; default the config's.
+        refits: of grids to codes.
         sweeps: of coordinate descent; default the config's.
     """
 
@@ -57,10 +59,11 @@ class ExpertRounder:
         hessians: Mapping[str, Hessian],
         config: MCMoEConfig,
         grid: Grid | None = None,
+        refits: int = REFITS,
         sweeps: int | None = None,
     ) -> None:
         self._experts, self._which, self._config = experts, list(which), config
-        self._grid = grid or grid_of(config)
+        self._grid, self._refits = grid or grid_of(config), refits
         self._sweeps = config.sweeps if sweeps is None else sweeps
         self._factors: dict[str, Factor] = {}
         for role, hessian in hessians.items():
@@ -103,7 +106,7 @@ class ExpertRounder:
     def _quantize(self, weight: Tensor, role: str, part: list[int], bits: int) -> Quantized:
         if role in self._factors:
             factor = self._factors[role].take([self._which.index(expert) for expert in part])
-            return gptq(weight, factor, bits, self._grid, sweeps=self._sweeps)
+            return gptq(weight, factor, bits, self._grid, self._refits, self._sweeps)
         size = group_size_for(weight.shape[-1], self._config.group_size)
         return quantize(weight.flatten(0, 1), bits, size, self._grid)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two loops over a group's columns: rounding with feedback, and coordinate descent over codes.
+"""The loops over a group's columns: the search of a grid, rounding with feedback, and coordinate descent over codes.
 
-On CPU both run compiled (kernels/csrc/columns.h), elsewhere in torch, which defines what they mean. They know values,
+On CPU they run compiled (kernels/csrc/columns.h), elsewhere in torch, which defines what they mean. They know values,
 codes and matrices of one group; what these stand for is the caller's.
 """
 
@@ -11,10 +11,37 @@ import torch
 from torch import Tensor
 
 from transformers_mcmoe.kernels import cpu
-from transformers_mcmoe.quantization.grid import round_codes
+from transformers_mcmoe.quantization.grid import (
+    CHUNK,
+    Grid,
+    best,
+    binary,
+    candidates,
+    fit,
+    inverse_of,
+    round_codes,
+)
 
 # columns rounded before their errors are spread to the rest of the group by one matrix product
 PANEL = 32
+
+
+def fit_columns(target: Tensor, bits: int, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scale and zero [B, out] float32 holding fp16 values, as `grid.fit` chooses them, for groups [B, G, out]."""
+    if bits == 1:
+        return binary(target, 1)
+    if grid.fit != "hqq" and target.device.type == "cpu" and cpu.library() is not None:
+        grids = candidates(target.amin(1), target.amax(1), bits, grid)
+        inverse = torch.stack([inverse_of(scale) for scale, _ in grids])
+        squared = cpu.grid_errors(target, inverse, torch.stack([zero for _, zero in grids]), bits)
+        return best(torch.linalg.vector_norm(target, dim=1), grids, squared.sqrt_())
+    batch, size, rows = target.shape
+    part = max(1, CHUNK // (batch * size))
+    fitted = [
+        fit(target[:, :, start : start + part].transpose(1, 2).contiguous(), bits, grid)
+        for start in range(0, rows, part)
+    ]
+    return torch.cat([scale for scale, _ in fitted], dim=1), torch.cat([zero for _, zero in fitted], dim=1)
 
 
 def round_columns(values: Tensor, unit: Tensor, diagonal: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from transformers_mcmoe.quantization.columns import descend_columns
-from transformers_mcmoe.quantization.grid import Grid, to_fp16
+from transformers_mcmoe.quantization.grid import Grid, inverse_of, to_fp16
 
 # rounds over a group's columns before the next group is visited
 INNER = 2
@@ -76,7 +76,7 @@ def _improve(
     scale.copy_(torch.where(better, new_scale, scale))
     zero.copy_(torch.where(better, new_zero, zero))
     gradient = torch.where(better.unsqueeze(1), gradient + moved, gradient)
-    inverse = torch.where(scale > 0, scale.reciprocal(), 0.0).unsqueeze(1)
+    inverse = inverse_of(scale).unsqueeze(1)
     descend_columns(metric, own, gradient.mul_(inverse), bits, INNER)
     codes.copy_(own)
     return stored.sub_((own - zero.unsqueeze(1)).mul_(scale.unsqueeze(1)))

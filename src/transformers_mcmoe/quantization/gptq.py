@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from transformers_mcmoe.quantization.columns import round_columns
+from transformers_mcmoe.quantization.columns import fit_columns, round_columns
 from transformers_mcmoe.quantization.descent import descend, refit
-from transformers_mcmoe.quantization.grid import CHUNK, Grid, Quantized, check_finite, fit
+from transformers_mcmoe.quantization.grid import Grid, Quantized, check_finite, inverse_of
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ class _Group:
             Codes and errors [B, G, out], and what the errors cost [B, out], relative to the group's largest D.
         """
         # in units of codes: scale and zero belong to rows, and feedback is linear in columns
-        inverse = torch.where(scale > 0, scale.reciprocal(), 0.0).unsqueeze(1)
+        inverse = inverse_of(scale).unsqueeze(1)
         values = torch.addcmul(zero.unsqueeze(1), target, inverse)
         codes, errors, loss = round_columns(values, self.unit, self.diagonal.squeeze(-1), bits)
         loss.mul_(scale.square())
@@ -257,7 +257,7 @@ def _round_group(
     target: Tensor, group: _Group, bits: int, grid: Grid, refits: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes and errors [B, G, out], scale and zero [B, out] of one group."""
-    scale, zero = _fit_columns(target, bits, grid)
+    scale, zero = fit_columns(target, bits, grid)
     codes, errors, loss = group.round(target, scale, zero, bits)
     pull = group.metric @ target
     for _ in range(refits):
@@ -268,14 +268,3 @@ def _round_group(
         zero, better = torch.where(better, new_zero, zero), better.unsqueeze(1)
         codes, errors = torch.where(better, new_codes, codes), torch.where(better, new_errors, errors)
     return codes, errors, scale, zero
-
-
-def _fit_columns(target: Tensor, bits: int, grid: Grid) -> tuple[Tensor, Tensor]:
-    """`fit` for targets [B, G, out]; returns [B, out] each."""
-    batch, size, rows = target.shape
-    part = max(1, CHUNK // (batch * size))
-    fitted = [
-        fit(target[:, :, start : start + part].transpose(1, 2).contiguous(), bits, grid)
-        for start in range(0, rows, part)
-    ]
-    return torch.cat([scale for scale, _ in fitted], dim=1), torch.cat([zero for _, zero in fitted], dim=1)

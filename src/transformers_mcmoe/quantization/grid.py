@@ -9,6 +9,7 @@ the codes are nearest on the grid that is stored.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -140,21 +141,43 @@ def check_finite(weight: Tensor) -> None:
 def fit(x: Tensor, bits: int, grid: Grid = Grid()) -> tuple[Tensor, Tensor]:
     """Scale and zero [..] float32 holding fp16 values, for groups `x` [.., G] float32."""
     if bits == 1:
-        scale = to_fp16(2 * x.abs().mean(-1))
-        return scale, torch.full_like(scale, 0.5)
+        return binary(x, -1)
     if grid.fit == "hqq":
         return half_quadratic(x, bits)
-    low, high = x.amin(-1).clamp_(max=0), x.amax(-1).clamp_(min=0)
+
+    def distance(inverse: Tensor, zero: Tensor) -> Tensor:
+        y = torch.addcmul(zero.unsqueeze(-1), x, inverse.unsqueeze(-1))
+        return torch.linalg.vector_norm(y.sub_(y.round().clamp_(0, 2**bits - 1)), dim=-1)
+
+    grids = candidates(x.amin(-1), x.amax(-1), bits, grid)
+    errors = (distance(inverse_of(scale), zero) for scale, zero in grids)
+    return best(torch.linalg.vector_norm(x, dim=-1), grids, errors)
+
+
+def binary(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero of the 1-bit grid of groups that lie along a dimension."""
+    scale = to_fp16(2 * x.abs().mean(dim))
+    return scale, torch.full_like(scale, 0.5)
+
+
+def candidates(low: Tensor, high: Tensor, bits: int, grid: Grid) -> list[tuple[Tensor, Tensor]]:
+    """The grids, scale and zero [..], that a group's least and largest weight [..] allow: one per clipping factor."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
     if grid.symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    length = torch.linalg.vector_norm(x, dim=-1)
-    best_error = length  # of scale 0, which rebuilds zeros: the only grid for weights below fp16's range
-    best_scale, best_zero = torch.zeros_like(low), torch.zeros_like(low)
-    for clip in CLIPS if grid.fit == "search" else (1.0,):
-        scale, zero = _range(low * clip, high * clip, bits, grid)
-        y = _to_codes(x, scale, zero)
-        error = torch.linalg.vector_norm(y.sub_(y.round().clamp_(0, 2**bits - 1)), dim=-1) * scale
+    clips = CLIPS if grid.fit == "search" else (1.0,)
+    return [_range(low * clip, high * clip, bits, grid) for clip in clips]
+
+
+def best(length: Tensor, grids: Sequence[tuple[Tensor, Tensor]], distances: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Scale and zero [..] of least error out of grids, given each one's distance from the weights in units of codes.
+
+    `length` [..] is the weights' norm, the error of scale 0, which rebuilds zeros: the only grid for weights below fp16's range.
+    """
+    best_error, best_scale, best_zero = length, torch.zeros_like(length), torch.zeros_like(length)
+    for (scale, zero), distance in zip(grids, distances, strict=True):
+        error = distance * scale
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
@@ -186,8 +209,12 @@ def _range(low: Tensor, high: Tensor, bits: int, grid: Grid) -> tuple[Tensor, Te
 
 def _to_codes(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """Weights in units of codes, before rounding; a group whose scale is 0 becomes 0."""
-    inverse = torch.where(scale > 0, scale.reciprocal(), 0.0)
-    return torch.addcmul(zero.unsqueeze(-1), x, inverse.unsqueeze(-1))
+    return torch.addcmul(zero.unsqueeze(-1), x, inverse_of(scale).unsqueeze(-1))
+
+
+def inverse_of(scale: Tensor) -> Tensor:
+    """One over scales, 0 where they are 0."""
+    return torch.where(scale > 0, scale.reciprocal(), 0.0)
 
 
 def to_fp16(x: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ def build_report(model: nn.Module, config: MCMoEConfig, result: Compressed) -> d
         dense, `average_bits` (codes only), `bits_per_weight` (bytes x 8 / weights over the quantized matrices, scales and
         zeros included), `expert_bits` per layer (gate and up) and `down_bits`, `routing_ratios` (quantiles of smaller over largest routing weights per
         layer and slot, see `RatioTable`), `activated_bytes_per_token` (bytes of weights read for one token, by
-        the calibration's routing; None without calibration), `coverage`, `errors`, `fallbacks`, `sizes` in bytes,
+        the calibration's routing; None without calibration), `coverage`, `errors` by width, `role_errors` by
+        role and width where roles have widths of their own, `fallbacks`, `sizes` in bytes,
         `seconds` by stage, `calibration_source` and `calibration_sha256` (of the token ids), `plan_given`, `versions`, `config`.
         `sizes["parts"]` has the bytes of experts by width ("experts, 2 bits"), of the other packed matrices, of embeddings
         and output head, and of the rest.
@@ -62,6 +63,7 @@ def build_report(model: nn.Module, config: MCMoEConfig, result: Compressed) -> d
         "routing_ratios": _ratios(config, result),
         "coverage": {path: _coverage(layer) for path, layer in result.layers.items() if layer.routing is not None},
         "errors": {path: {str(b): e for b, e in layer.errors.items()} for path, layer in result.layers.items()},
+        "role_errors": {path: _by_role(layer) for path, layer in result.layers.items() if layer.role_errors},
         "fallbacks": list(result.fallbacks),
         "sizes": {
             "quantized_weights": weights,
@@ -126,6 +128,10 @@ def _parts(model: Any, config: MCMoEConfig, result: Compressed) -> dict[str, int
     embeddings = sum(t.nbytes for t in tensors.values() if id(t) in ends)
     rest = sum(t.nbytes for t in tensors.values()) - embeddings - others - sum(experts.values())
     return experts | {"attention, shared": others, "embeddings, head": embeddings, "routers, norms": rest}
+
+
+def _by_role(layer: LayerResult) -> dict[str, dict[str, list[float]]]:
+    return {role: {str(bits): e for bits, e in errors.items()} for role, errors in layer.role_errors.items()}
 
 
 def _coverage(layer: LayerResult) -> dict[str, Any]:

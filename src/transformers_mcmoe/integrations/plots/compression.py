@@ -46,14 +46,27 @@ def routing_weights(report: Report) -> Table:
 
 
 def chosen_bits(report: Report) -> Table:
-    """Width of every expert."""
+    """Width of every expert, of its gate and up projections where that of down is another."""
     return [[float(digit) for digit in digits] for digits in report["expert_bits"].values()]
 
 
+def down_bits(report: Report) -> Table:
+    """Width of every expert's down projection, empty where all matrices of an expert have one width."""
+    widths = report.get("down_bits", report["expert_bits"])
+    return [] if widths == report["expert_bits"] else [[float(digit) for digit in own] for own in widths.values()]
+
+
 def chosen_errors(report: Report) -> Table:
-    """Error of every expert at the width it has."""
+    """Error of every expert at the width it has, or at the two that it has."""
     table = []
+    roles = {"gate_up": report["expert_bits"], "down": report.get("down_bits", report["expert_bits"])}
     for path, digits in report["expert_bits"].items():
+        apart = report.get("role_errors", {}).get(path)
+        if apart:
+            nothing = [NAN] * len(digits)
+            pairs = [[apart[role].get(d, nothing) for d in widths[path]] for role, widths in roles.items()]
+            table.append([math.hypot(*(own[e][e] for own in pairs)) for e in range(len(digits))])
+            continue
         errors = report["errors"].get(path, {})
         table.append([errors[d][e] if d in errors and e < len(errors[d]) else NAN for e, d in enumerate(digits)])
     return table if any(not math.isnan(value) for row in table for value in row) else []
@@ -61,6 +74,7 @@ def chosen_errors(report: Report) -> Table:
 
 def _heat_maps(report: Report) -> list[Figure]:
     found = []
+    widths = f"Code width of {'gate and up' if down_bits(report) else 'the matrices of the expert'}."
     maps = (
         (
             "frequency",
@@ -88,7 +102,8 @@ def _heat_maps(report: Report) -> list[Figure]:
             ),
             "log",
         ),
-        ("bits", "The bits each expert got", chosen_bits(report), "Code width of the expert's matrices.", "bits"),
+        ("bits", "The bits each expert got", chosen_bits(report), widths, "bits"),
+        ("down-bits", "The bits its down projection got", down_bits(report), "Code width of down alone.", "bits"),
     )
     for name, title, table, caption, kind in maps:
         if table:

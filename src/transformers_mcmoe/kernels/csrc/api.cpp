@@ -195,6 +195,11 @@ MCMOE_API void mcmoe_skip_below(const int* sizes, int64_t none, void* const* ten
 }
 
 // Columns of a batch of groups (rounding.h). sizes: batch, columns, rows, bits.
+MCMOE_API void mcmoe_grid_errors(const int* sizes, const float* values, const float* inverse, const float* zero,
+                                 int candidates, float* errors, int threads) {
+  grid_errors({sizes[0], sizes[1], sizes[2], sizes[3]}, values, inverse, zero, candidates, errors, threads);
+}
+
 MCMOE_API void mcmoe_round_columns(const int* sizes, const float* values, const float* feedback, const float* diagonal,
                                    float* codes, float* errors, float* loss, int threads) {
   round_columns({sizes[0], sizes[1], sizes[2], sizes[3]}, values, feedback, diagonal, codes, errors, loss, threads);

@@ -66,5 +66,26 @@ inline void descend_columns_of(float* codes, float* gradients, const float* metr
   }
 }
 
+// Squared distances of weights from the points of candidate grids, in units of codes: values[k] * inverse + zero to the
+// nearest of 0 .. 2^bits - 1. inverse, zero and errors [candidates][COLUMN_LANES].
+inline void grid_errors_of(const float* values, const float* inverse, const float* zero, int columns, int candidates,
+                           int bits, float* errors) {
+  constexpr int N = COLUMN_LANES;
+  const float top = static_cast<float>((1 << bits) - 1);
+  for (int c = 0; c < candidates; c++) {
+    float error[N];
+    const float *factor = inverse + c * N, *shift = zero + c * N;
+    for (int r = 0; r < N; r++) error[r] = 0.f;
+    for (int k = 0; k < columns; k++) {
+      const float* own = values + k * N;
+      for (int r = 0; r < N; r++) {
+        const float value = own[r] * factor[r] + shift[r], distance = value - nearest_code(value, top, false);
+        error[r] += distance * distance;
+      }
+    }
+    for (int r = 0; r < N; r++) errors[c * N + r] = error[r];
+  }
+}
+
 }  // namespace
 }  // namespace mcmoe

@@ -458,6 +458,7 @@ const Kernels* table(const Kernels* base = nullptr) {
     });
     constexpr Prepare PREPARE[] = {prepare_int8, prepare_bf16, prepare_fp32, prepare_int24};
     ((k.prepare[M] = PREPARE[M]), ...);
+    k.grid_errors = grid_errors_of;
     k.round_columns = round_columns_of;
     k.descend_columns = descend_columns_of;
     return k;

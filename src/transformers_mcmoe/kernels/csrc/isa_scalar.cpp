@@ -76,6 +76,7 @@ const mcmoe::Kernels* mcmoe::scalar_kernels() {
     fill<1>(k, 0), fill<2>(k, 1), fill<3>(k, 2), fill<4>(k, 3), fill<8>(k, 4);
     k.prepare[INT8] = prepare_int8;
     k.prepare[FP32] = prepare_fp32;
+    k.grid_errors = grid_errors_of;
     k.round_columns = round_columns_of;
     k.descend_columns = descend_columns_of;
     return k;

@@ -40,11 +40,14 @@ using Prepare = void (*)(const float* x, int size, int32_t* q, int stride, float
 constexpr int COLUMN_LANES = 64;
 using RoundColumns = void (*)(float* codes, float* errors, const float* feedback, const float* diagonal, int columns,
                               int bits, float* loss);
+using GridErrors = void (*)(const float* values, const float* inverse, const float* zero, int columns, int candidates,
+                            int bits, float* errors);
 using DescendColumns = void (*)(float* codes, float* gradients, const float* metric, int columns, int bits, int sweeps);
 
 struct Kernels {
   Dot dot[MODES][NUM_WIDTHS][NUM_TILES];  // null where the instruction set lacks a mode
   Prepare prepare[MODES];
+  GridErrors grid_errors;
   RoundColumns round_columns;
   DescendColumns descend_columns;
 };

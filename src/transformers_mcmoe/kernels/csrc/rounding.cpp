@@ -51,6 +51,26 @@ struct Part {
 
 }  // namespace
 
+void grid_errors(const Columns& c, const float* values, const float* inverse, const float* zero, int candidates,
+                 float* errors, int threads) {
+  // rows of one candidate lie apart from those of the next by all rows of the batch
+  const size_t apart = static_cast<size_t>(c.batch) * c.rows;
+  each_block(c, threads, [&](int member, int first, int rows, float* block) {
+    Part(c, member, first, rows).load(values, block);
+    std::vector<float> memory(3 * static_cast<size_t>(candidates) * COLUMN_LANES, 0.f);
+    float *own_inverse = memory.data(), *own_zero = own_inverse + candidates * COLUMN_LANES,
+          *own_errors = own_zero + candidates * COLUMN_LANES;
+    const size_t start = static_cast<size_t>(member) * c.rows + first;
+    for (int n = 0; n < candidates; n++) {
+      std::copy_n(inverse + n * apart + start, rows, own_inverse + n * COLUMN_LANES);
+      std::copy_n(zero + n * apart + start, rows, own_zero + n * COLUMN_LANES);
+    }
+    kernels().grid_errors(block, own_inverse, own_zero, c.columns, candidates, c.bits, own_errors);
+    for (int n = 0; n < candidates; n++)
+      std::copy_n(own_errors + n * COLUMN_LANES, rows, errors + n * apart + start);
+  });
+}
+
 void round_columns(const Columns& c, const float* values, const float* feedback, const float* diagonal, float* codes,
                    float* errors, float* loss, int threads) {
   const size_t size = static_cast<size_t>(c.columns) * c.columns;

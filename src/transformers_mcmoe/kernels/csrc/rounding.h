@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Columns of a group rounded under its Hessian; what it means is in quantization/gptq.py and quantization/descent.py.
+// Columns of a group rounded under its Hessian; what it means is in quantization/columns.py.
 #pragma once
 
 namespace mcmoe {
@@ -9,6 +9,11 @@ struct Columns {
   int batch, columns, rows;
   int bits;
 };
+
+// Squared distances of weights values [batch, columns, rows] from the points of candidate grids, in units of codes:
+// values * inverse + zero to the nearest code. inverse, zero and errors [candidates, batch, rows].
+void grid_errors(const Columns& c, const float* values, const float* inverse, const float* zero, int candidates,
+                 float* errors, int threads);
 
 // Rounds values with feedback: column k to the code nearest to values[k] + sum_{j<k} errors[j] * feedback[k][j].
 // codes and errors [batch, columns, rows]; loss [batch, rows] = sum of diagonal[k] * (what was rounded - code)^2.

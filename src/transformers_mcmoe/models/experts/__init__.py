@@ -8,7 +8,7 @@ must be known, a line of the table in `finding`.
 E experts, H hidden size, I intermediate size, T tokens, K experts per token.
 """
 
-from transformers_mcmoe.models.experts.base import BLOCK, Experts, Projection, Record
+from transformers_mcmoe.models.experts.base import BLOCK, Experts, Projection, Record, forward_as
 from transformers_mcmoe.models.experts.finding import (
     EXCEPTIONS,
     Widths,
@@ -33,6 +33,7 @@ __all__ = [
     "Widths",
     "find_experts",
     "find_linears",
+    "forward_as",
     "is_attention",
     "layer_of",
     "routes_outside",

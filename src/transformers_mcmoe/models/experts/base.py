@@ -55,8 +55,13 @@ class Experts(ABC):
         """View [out] of the bias that belongs to a matrix."""
 
     @abstractmethod
-    def run(self, expert: int, x: Tensor, matrices: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Output [n, H] of one expert for tokens [n, H], with its own or the given matrices [out, in]."""
+    def run(
+        self, expert: int, x: Tensor, matrices: Mapping[str, Tensor] | None = None, inner: Tensor | None = None
+    ) -> Tensor:
+        """Output [n, H] of one expert for tokens [n, H], with its own or the given matrices [out, in].
+
+        `inner` [n, I] may be what its down projection reads, where that is known.
+        """
 
     @abstractmethod
     def inputs(self, expert: int, x: Tensor, matrices: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

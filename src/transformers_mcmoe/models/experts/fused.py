@@ -76,8 +76,11 @@ class FusedExperts(Experts):
         stack = self._stack(f"{'gate_up_proj' if fused else projection}_bias")[expert]
         return stack[self._rows(projection)] if fused else stack
 
-    def run(self, expert: int, x: Tensor, matrices: Mapping[str, Tensor] | None = None) -> Tensor:
-        return self.combine(x, partial(self._linear, expert, matrices))
+    def run(
+        self, expert: int, x: Tensor, matrices: Mapping[str, Tensor] | None = None, inner: Tensor | None = None
+    ) -> Tensor:
+        linear = partial(self._linear, expert, matrices)
+        return self.combine(x, linear) if inner is None else self._outer(inner, linear)
 
     def inputs(self, expert: int, x: Tensor, matrices: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         return {"gate_up": x, "down": self.inner(x, partial(self._linear, expert, matrices))}
@@ -89,7 +92,11 @@ class FusedExperts(Experts):
 
     def combine(self, x: Tensor, linear: Callable[[Tensor, str], Tensor]) -> Tensor:
         """One expert's output [n, H], given how to apply its projections by name."""
-        output = linear(self.inner(x, linear), "down_proj")
+        return self._outer(self.inner(x, linear), linear)
+
+    def _outer(self, inner: Tensor, linear: Callable[[Tensor, str], Tensor]) -> Tensor:
+        """Output of an expert, given what its down projection reads."""
+        output = linear(inner, "down_proj")
         return self.module.post_expert_norm(output) if self.has_post_expert_norm else output
 
     def inner(self, x: Tensor, linear: Callable[[Tensor, str], Tensor]) -> Tensor:

@@ -53,7 +53,9 @@ class ListExperts(Experts):
         bias = self.linear(expert, projection).bias
         return bias.data if bias is not None else None
 
-    def run(self, expert: int, x: Tensor, matrices: Mapping[str, Tensor] | None = None) -> Tensor:
+    def run(
+        self, expert: int, x: Tensor, matrices: Mapping[str, Tensor] | None = None, inner: Tensor | None = None
+    ) -> Tensor:
         child = self.children[expert]
         state = {name: parameter.to(x.dtype) for name, parameter in child.named_parameters()}
         state |= dict(child.named_buffers())

@@ -23,8 +23,7 @@ from transformers_mcmoe.models.experts import stacks_of
 from transformers_mcmoe.models.names import CheckpointNames
 from transformers_mcmoe.models.stream.checkpoint import Checkpoint, Weights, checkpoint_files
 from transformers_mcmoe.models.stream.loaded import LoadedRunner
-from transformers_mcmoe.models.stream.probes import Probes
-from transformers_mcmoe.models.stream.runner import LayerRunner
+from transformers_mcmoe.models.stream.runner import LayerRunner, model_inputs
 from transformers_mcmoe.models.stream.streamed import LayerStream, NotStreamable
 
 __all__ = [
@@ -33,9 +32,9 @@ __all__ = [
     "LayerStream",
     "LoadedRunner",
     "NotStreamable",
-    "Probes",
     "checkpoint_files",
     "computing",
+    "model_inputs",
     "open_runner",
 ]
 

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from transformers_mcmoe.models.stream.checkpoint import Weights
-from transformers_mcmoe.models.stream.probes import LoadedProbes, Probes
 from transformers_mcmoe.models.stream.runner import LastLayer, LayerRunner, model_inputs, squared_norm
+from transformers_mcmoe.workdir import mapped_tensor
 
 
 class LoadedRunner(LayerRunner):
@@ -31,12 +32,27 @@ class LoadedRunner(LayerRunner):
         self.sequences = min(sequences or len(self.tokens), len(self.tokens))
         self._batches = list(self.tokens[: self.sequences].split(self._batch))
 
-    def probes(self, tokens: Tensor, most: int) -> Probes:
-        return LoadedProbes(self, tokens)
-
     @contextmanager
     def loaded(self, i: int) -> Iterator[nn.Module]:
         yield self.weights.model.get_submodule(self.layers[i])
+
+    def outputs(self, sequences: int, path: Path, done: Callable[[], None]) -> Tensor:
+        self.restart(sequences)
+        kept: Tensor | None = None
+        start = 0
+
+        def keep(states: Tensor) -> None:
+            nonlocal kept, start
+            if kept is None:
+                kept = mapped_tensor(path, (self.sequences, *states.shape[1:]), states.dtype)
+            kept[start : start + len(states)] = states
+            start += len(states)
+
+        self._watch(len(self.layers) - 1, self._batches, keep)
+        for _ in self.layers:
+            done()
+        assert kept is not None
+        return kept
 
     def replay(self, i: int, batches: int | None = None) -> None:
         self._replay(i, self._batches[:batches])
@@ -47,9 +63,18 @@ class LoadedRunner(LayerRunner):
     def _replay(self, i: int, batches: Sequence[Tensor]) -> float:
         squared = 0.0
 
-        def stop(module: nn.Module, args: Any, output: Any) -> None:
+        def add(states: Tensor) -> None:
             nonlocal squared
-            squared += squared_norm(output[0] if isinstance(output, tuple) else output)
+            squared += squared_norm(states)
+
+        self._watch(i, batches, add)
+        return squared**0.5
+
+    def _watch(self, i: int, batches: Sequence[Tensor], seen: Callable[[Tensor], None]) -> None:
+        """Run batches up to layer i and hand on what it returns."""
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            seen(output[0] if isinstance(output, tuple) else output)
             raise LastLayer
 
         handle = self.weights.model.get_submodule(self.layers[i]).register_forward_hook(stop)
@@ -61,4 +86,3 @@ class LoadedRunner(LayerRunner):
                     continue
         finally:
             handle.remove()
-        return squared**0.5

@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from transformers_mcmoe.models.stream.checkpoint import Weights
-
-if TYPE_CHECKING:
-    from transformers_mcmoe.models.stream.probes import Probes
 
 
 class LastLayer(Exception):
@@ -46,8 +45,11 @@ class LayerRunner(ABC):
         """Begin again with the first layer's inputs: of the first `sequences`, default all."""
 
     @abstractmethod
-    def probes(self, tokens: Tensor, most: int) -> Probes:
-        """Probes over tokens [N, T] for at most so many changes; before the first layer is run."""
+    def outputs(self, sequences: int, path: Path, done: Callable[[], None]) -> Tensor:
+        """Hidden states [n, T, H] behind the last layer, of the first sequences, in a file; `restart` comes next.
+
+        `done` is called after every layer.
+        """
 
     @abstractmethod
     def loaded(self, i: int) -> AbstractContextManager[nn.Module]:

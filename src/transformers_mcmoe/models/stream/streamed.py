@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from transformers_mcmoe.memory import return_free_memory
 from transformers_mcmoe.models.stream.checkpoint import Weights, unload
-from transformers_mcmoe.models.stream.probes import Probes, StreamedProbes
 from transformers_mcmoe.models.stream.runner import LastLayer, LayerRunner, model_inputs, squared_norm
 from transformers_mcmoe.workdir import mapped_tensor
 
@@ -55,7 +54,6 @@ class LayerStream(LayerRunner):
         """Checkpoint keys by layer, -1 for those outside the layers; the output head is not needed and left out."""
         head = self.weights.model.get_output_embeddings()
         heads = {name for name, module in self.weights.model.named_modules() if head is not None and module is head}
-        self._head_keys = [key for key, to in self.weights.targets.items() if to.rpartition(".")[0] in heads]
         groups: dict[int, list[str]] = {}
         for key, target in self.weights.targets.items():
             layer = next((i for i, path in enumerate(self.layers) if target.startswith(path + ".")), -1)
@@ -71,13 +69,18 @@ class LayerStream(LayerRunner):
         self.weights.tie()
         self.weights.check_embeddings()
         self._returns_tuple = self._probe()
+        self._hidden: Any = None  # `HiddenStates`, once it is known what they look like
+        self._embed()
+
+    def _embed(self) -> None:
+        """The embedded tokens of all batches, and the layers' other arguments, which may have the batch's size."""
         self._arguments: list[list[tuple[tuple, dict]]] = []
         for batch in self._batches:
             hidden, arguments = self._stub_pass(self.tokens[batch], 0.0)
-            if not self._arguments:
+            if self._hidden is None:
                 shape = (len(self.tokens), *hidden.shape[1:])
                 self._hidden = HiddenStates(self._path, shape, hidden.dtype)
-            else:
+            if self._arguments:
                 arguments = [_share(a, b) for a, b in zip(arguments, self._arguments[0], strict=True)]
             self._hidden[batch] = hidden
             self._arguments.append(arguments)
@@ -115,35 +118,27 @@ class LayerStream(LayerRunner):
             last.append(hidden_states + shift)
             return (last[-1],) if self._returns_tuple else last[-1]
 
+        for module in self._modules:
+            module.forward = stub  # type: ignore[method-assign]
         try:
-            with self._replaced(stub):
-                self.weights.model(**model_inputs(self.weights.model, tokens.to(self.weights.device)))
+            self.weights.model(**model_inputs(self.weights.model, tokens.to(self.weights.device)))
         except LastLayer:
             return first[0], given
         except NotStreamable:
             raise
         except Exception as error:
             raise NotStreamable(f"a pass with stubs for decoder layers failed ({error})") from error
-        raise NotStreamable("the model does not call all of its decoder layers")
-
-    @contextmanager
-    def _replaced(self, stub: Callable[..., Any]) -> Iterator[None]:
-        """While open, decoder layers run a stub."""
-        for module in self._modules:
-            module.forward = stub  # type: ignore[method-assign]
-        try:
-            yield
         finally:
             for module in self._modules:
                 del module.forward
+        raise NotStreamable("the model does not call all of its decoder layers")
 
     def restart(self, sequences: int | None = None) -> None:
         self.sequences = min(sequences or len(self.tokens), len(self.tokens))
         self._batches = [
             slice(start, min(start + self._batch, self.sequences)) for start in range(0, self.sequences, self._batch)
         ]
-        for batch in self._batches:
-            self._hidden[batch] = self._stub_pass(self.tokens[batch], 0.0)[0]
+        self._embed()
 
     @contextmanager
     def loaded(self, i: int) -> Iterator[nn.Module]:
@@ -162,43 +157,21 @@ class LayerStream(LayerRunner):
             unload(module)
 
     def _run(self, i: int, index: int) -> Tensor:
-        return self.call(i, self._hidden[self._batches[index]], self._arguments[index][i])
-
-    def call(self, i: int, hidden: Tensor, arguments: tuple[tuple, dict]) -> Tensor:
-        """Output of layer i for hidden states [N, T, H], with the layer's other arguments."""
-        args, kwargs = arguments
-        output = self._modules[i](hidden.to(self.weights.device), *args, **kwargs)
+        hidden = self._hidden[self._batches[index]].to(self.weights.device)
+        args, kwargs = self._arguments[index][i]
+        output = self._modules[i](hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def arguments(self, tokens: Tensor) -> tuple[Tensor, list[tuple[tuple, dict]]]:
-        """Embedded tokens [N, T, H], the input of layer 0, and every layer's other arguments for these tokens."""
-        return self._stub_pass(tokens, 0.0)
-
-    def finish(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """Logits [N, T, V] of tokens [N, T] whose hidden states behind the last layer are given; see `with_head`."""
-        hidden = hidden.to(self.weights.device)
-
-        def stub(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return (hidden,) if self._returns_tuple else hidden
-
-        with self._replaced(stub):
-            return self.weights.model(**model_inputs(self.weights.model, tokens.to(self.weights.device))).logits
-
-    @contextmanager
-    def with_head(self) -> Iterator[None]:
-        """The output head with its weights."""
-        head = self.weights.model.get_output_embeddings()
-        owned = any(parameter.is_meta for parameter in head.parameters())
-        if owned:
-            self.weights.load(self._head_keys, head)
-        try:
-            yield
-        finally:
-            if owned:
-                unload(head)
-
-    def probes(self, tokens: Tensor, most: int) -> Probes:
-        return StreamedProbes(self, tokens, self._path.with_name("probes.bin"), most)
+    def outputs(self, sequences: int, path: Path, done: Callable[[], None]) -> Tensor:
+        self.restart(sequences)
+        for i in range(len(self.layers)):
+            with self.loaded(i):
+                self.advance(i)
+            done()
+        states = self._hidden[slice(0, self.sequences)]
+        kept = mapped_tensor(path, states.shape, states.dtype)
+        kept.copy_(states)
+        return kept
 
     def replay(self, i: int, batches: int | None = None) -> None:
         for index in range(len(self._batches[:batches])):

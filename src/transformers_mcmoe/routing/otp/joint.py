@@ -6,13 +6,12 @@ Knows models and routers' matrices, not costs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from transformers_mcmoe.models.experts import FusedExperts
 from transformers_mcmoe.routing import dropping_points, prefix_scores, reroute, reweighted, sampled_mask, sort_slots
@@ -81,12 +80,6 @@ class Routed:
         return 1 - float(torch.cat([kept.detach() for kept in self.kept]).mean())
 
 
-def divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL divergence in nats per token of two sets of logits [.., V]."""
-    teacher, student = (logits.flatten(0, -2).log_softmax(-1) for logits in (teacher, student))
-    return functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
 def shift_curve(points: Sequence[Tensor]) -> list[float]:
     """Shifts by which the shares 0, 1/100, .., 1 of the slots after the first are skipped.
 
@@ -104,20 +97,3 @@ def shift_for(points: Sequence[Tensor], share: float) -> float:
     every = torch.cat(list(points)).sort().values
     count = round(share * len(every))
     return float(every[count - 1]) if count else float(every[0]) - 1
-
-
-@contextmanager
-def frozen(model: Any) -> Iterator[None]:
-    """While open, a model is in evaluation mode and its parameters take no gradients."""
-    training = [module for module in model.modules() if module.training]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for parameter in trained:
-        parameter.requires_grad = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in trained:
-            parameter.requires_grad = True

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from transformers_mcmoe.config import OTPConfig
 from transformers_mcmoe.models.experts import FusedExperts
+from transformers_mcmoe.models.training import divergence, frozen
 from transformers_mcmoe.progress import Meter
 from transformers_mcmoe.routing import PrefixRouter, check_top_k, set_router
 from transformers_mcmoe.routing.otp.costs import CostMeter, Trace
 from transformers_mcmoe.routing.otp.fitting import Matrices, fit_router
-from transformers_mcmoe.routing.otp.joint import Routed, divergence, frozen, shift_curve, shift_for
+from transformers_mcmoe.routing.otp.joint import Routed, shift_curve, shift_for
 
 logger = logging.getLogger(__name__)
 
