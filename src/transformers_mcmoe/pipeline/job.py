@@ -179,8 +179,8 @@ class Job:
         return Plan(widths, linears), files
 
     def _linears(self, i: int, widths: Mapping[str, int], tensors: dict[str, Tensor], replace: bool) -> None:
-        for path, bits, packed, _ in self._watcher.linears(i, {path: [bits] for path, bits in widths.items()}):
-            self.writer.linear(path, packed, bits, tensors, replace)
+        for path, packed in self._watcher.linears(i, widths):
+            self.writer.linear(path, packed, widths[path], tensors, replace)
 
     def _experts(self, i: int, path: str, widths: ExpertWidths | None) -> tuple[ExpertWidths, dict[int, Packed]]:
         """Widths and packed matrices of one experts module; widths that are not given are chosen."""

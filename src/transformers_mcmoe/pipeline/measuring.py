@@ -100,8 +100,7 @@ class Measurer:
     def _measure_linears(self, i: int) -> list[str]:
         """Errors of every width of the layer's linear layers that have a choice: what they change behind the layer.
 
-        The layer is run with its experts idle and one linear layer at its lowest width; those of other widths follow from the
-        errors of the linear layer's own output.
+        The layer is run with its experts idle and one linear layer at its lowest width; a further bit halves the error.
         """
         paths = self._watcher.inside(i, self._structure.choices)
         if not paths:
@@ -118,23 +117,17 @@ class Measurer:
             return outputs.change()
 
         run()
-        squared: dict[str, dict[int, float]] = {path: {} for path in paths}
-        for path, bits, matrix, error in self._watcher.linears(
-            i, {path: self._structure.choices[path] for path in paths}
-        ):
-            squared[path][bits] = error
-            if bits == self._structure.choices[path][0]:
-                module: Any = self._structure.model.get_submodule(path)
-                dense = module.weight.data
-                module.weight.data = dequantize(matrix, bits, dense.shape[1]).to(dense)
-                change = run()
-                module.weight.data = dense
-                self.linears[path] = {bits: change}
         tokens = self._runner.sequences * self._runner.tokens.shape[1]
-        for path, errors in squared.items():
-            lowest = self._structure.choices[path][0]
-            ratio = self.linears[path][lowest] * (tokens / max(errors[lowest], 1e-30)) ** 0.5
-            self.linears[path] = {bits: ratio * error**0.5 for bits, error in errors.items()}
+        lowest = {path: self._structure.choices[path][0] for path in paths}
+        for path, matrix in self._watcher.linears(i, lowest, quick=True):
+            module: Any = self._structure.model.get_submodule(path)
+            dense = module.weight.data
+            module.weight.data = dequantize(matrix, lowest[path], dense.shape[1]).to(dense)
+            change = run() * tokens**0.5
+            module.weight.data = dense
+            self.linears[path] = {
+                bits: change * 2.0 ** (lowest[path] - bits) for bits in self._structure.choices[path]
+            }
         return paths
 
     def measure(self, i: int, path: str) -> dict[tuple[int, int], Packed]:

@@ -130,24 +130,24 @@ def chunks(experts: Experts, which: Sequence[int], limit: int) -> list[list[int]
 def round_linears(
     runner: LayerRunner,
     i: int,
-    widths: Mapping[str, Sequence[int]],
+    widths: Mapping[str, int],
     experts: Sequence[Experts],
     config: MCMoEConfig,
     limit: int,
     unreached: Callable[[str], None],
-) -> Iterator[tuple[str, int, Tensor, float]]:
-    """Packed matrices of the linear layers of decoder layer i: path, bits, matrix, and the squared error of its output.
-
-    The error is that of GPTQ's Hessian, or where there is none, of the weights.
+    quick: bool = False,
+) -> Iterator[tuple[str, Tensor]]:
+    """Packed matrices of the linear layers of decoder layer i, by path.
 
     Args:
         runner: holds the layer.
         i: which.
-        widths: path -> the widths it is rounded to.
+        widths: path -> the width it is rounded to.
         experts: the layer's experts; they are idle while Hessians are counted, unless a linear layer reads them.
         config: how to round.
         limit: bytes that Hessians may take at once, one at least.
         unreached: called with the path of a layer that no token reached; it is rounded to nearest.
+        quick: without refitting grids and descent.
     """
     modules: dict[str, Any] = {path: runner.weights.model.get_submodule(path) for path in widths}
     groups: dict[str, list[str]] = {}
@@ -159,10 +159,8 @@ def round_linears(
                 factor = _factor(hessians.pop(leader).total, config, leader)
                 for path in groups[leader]:
                     weight = modules[path].weight.data[None]
-                    for bits in widths[path]:
-                        rounded = gptq(weight, factor, bits, grid_of(config), sweeps=config.sweeps)
-                        error = rounded.dequantize() - weight[0].to(torch.float32)
-                        yield path, bits, pack(rounded).cpu(), float(factor.loss(error[None]).sum())
+                    rounds = (0, 0) if quick else (REFITS, config.sweeps)
+                    yield path, pack(gptq(weight, factor, widths[path], grid_of(config), *rounds)).cpu()
                 del factor
                 return_free_memory()
     reached = {path for paths in groups.values() for path in paths}
@@ -171,10 +169,7 @@ def round_linears(
             unreached(path)
         weight = modules[path].weight.data
         size = group_size_for(weight.shape[1], config.group_size)
-        for bits in widths[path]:
-            rounded = quantize(weight, bits, size, grid_of(config))
-            error = rounded.dequantize() - weight.to(torch.float32)
-            yield path, bits, pack(rounded).cpu(), float(error.square().sum())
+        yield path, pack(quantize(weight, widths[path], size, grid_of(config))).cpu()
 
 
 def _count(

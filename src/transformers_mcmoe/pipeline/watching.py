@@ -53,14 +53,14 @@ class Watcher:
         """Those of the module paths that lie in decoder layer i."""
         return [path for path in paths if path.startswith(self.runner.layers[i] + ".")]
 
-    def linears(self, i: int, widths: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, int, Tensor, float]]:
+    def linears(self, i: int, widths: Mapping[str, int], quick: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Linear layers of decoder layer i at their widths, see `round_linears`."""
         experts = [self.structure.experts[path] for path in self.inside(i, self.structure.experts)]
 
         def unreached(path: str) -> None:
             self.fall_back(f"{path}: no calibration token reached it; it was rounded to nearest.")
 
-        return round_linears(self.runner, i, widths, experts, self.config, self._limit, unreached)
+        return round_linears(self.runner, i, widths, experts, self.config, self._limit, unreached, quick)
 
     def passes(
         self, i: int, path: str, which: list[int], roles: Sequence[str], held_out: bool = False

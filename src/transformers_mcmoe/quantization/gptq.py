@@ -83,12 +83,6 @@ class Factor:
         hessian.div_(root.unsqueeze(-2))
         return cls(hessian, root.square_(), order, group_size)
 
-    def loss(self, errors: Tensor) -> Tensor:
-        """Errors e [B, out, in] of matrices under their damped Hessians: e H e^T of every row, [B, out]."""
-        if self.order is not None:
-            errors = errors.gather(2, self.order.unsqueeze(1).expand_as(errors))
-        return ((errors @ self.unit).square_() * self.diagonal.unsqueeze(1)).sum(-1)
-
     def take(self, which: list[int]) -> Factor:
         """The factor of some matrices of the batch; a run of neighbours shares memory."""
         pick = slice(which[0], which[-1] + 1) if which == list(range(which[0], which[-1] + 1)) else torch.tensor(which)
