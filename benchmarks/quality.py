@@ -219,7 +219,7 @@ The tables of dense perplexity 36.04 (smolmoe) and 53.32 (demo-mixtral) are of t
 descent, down projections fitted behind gate and up, and errors carried on to later layers, and their rows "PMQ" had attention at 4 bits.
 
 * At 3.03 bits the default is ahead of uniform GPTQ by 26 % of KL and 13 % of perplexity (smolmoe); at 2.54 by 15 % and 11 %, on demo-mixtral by 45 % of KL. Of smolmoe's 15, 4
-  come from widths of experts over the whole model, 9 from attention in the same program (v at 8 bits nearly everywhere), 3 from a width per projection.
+  come from widths of experts over the whole model, 9 from attention in the same program (v at 8 bits in most layers), 3 from a width per projection.
   On the demo model attention stays at 4 bits; `uniform` with attention at 8 bits and the same average is worse there.
 * AutoRound with 20 iterations per block, a tenth of its own default, equals our rounding on the first 6 layers at 2 bits (KL 0.3846 and 0.3905 with a standard
   error of 0.01), at 3.4 times the time. It has not been run with 200 iterations, nor on all layers.
