@@ -21,7 +21,7 @@ from transformers_mcmoe.quantization import group_size_for, pack, quantize, unpa
 from transformers_mcmoe.tuning import TunedLinear
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo-mixtral"
-OPTIONS = {"bits": 3.0, "dataset": tokens(8, 32), "num_samples": 8, "progress": lambda _: None}
+OPTIONS = {"bits": 3.0, "dataset": tokens(8, 64), "num_samples": 8, "progress": lambda _: None}
 
 
 def _packed(bits: int, columns: int, rows: int = 24) -> PackedLinear:
@@ -75,12 +75,12 @@ def _codes(model: torch.nn.Module) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3", "phimoe"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "phimoe"])  # shared experts, biases, layer norms
 def test_only_what_is_real_valued_moves(family: str, tmp_path):
     """Random models have next to nothing to win; what does not help on other sequences is left out."""
     dense = save_dense(family, tmp_path / "dense")
     plain = compressed(dense, MCMoEConfig(**OPTIONS))
-    for steps, rate in ((4, 2e-3), (6, 0.9)):
+    for steps, rate in ((2, 2e-3), (2, 0.9)):
         tuned = compressed(dense, MCMoEConfig(**OPTIONS, tuning_steps=steps, tuning_rate=rate))
         told = compression_report(tuned)["tuning"]
         assert told["steps"] == steps
@@ -100,8 +100,8 @@ def test_only_what_is_real_valued_moves(family: str, tmp_path):
 
 
 def test_a_trained_model_comes_closer_to_the_dense_one():
-    options = {"dataset": list(topics.values()), "num_samples": 32, "seq_len": 128, "progress": lambda _: None}
-    told = compression_report(compressed(DEMO, MCMoEConfig(2.2, **options, tuning_steps=24)))["tuning"]
+    options = {"dataset": list(topics.values()), "num_samples": 32, "seq_len": 256, "progress": lambda _: None}
+    told = compression_report(compressed(DEMO, MCMoEConfig(2.2, **options, tuning_steps=14)))["tuning"]
     assert told["kept"]
     assert told["after"] < told["before"]
 
