@@ -140,6 +140,21 @@ def quantizable(model: Path, layers: int | None) -> list[str]:
     return names
 
 
+def width_of(name: str, given: argparse.Namespace) -> int:
+    """Code width of a matrix."""
+    return int(given.attention_bits if ATTENTION.search(name) else given.bits)
+
+
+def bytes_of(weights: Mapping[str, Any], given: argparse.Namespace, zero_bits: int | None = None) -> int:
+    """Bytes of codes, an fp16 scale per group, and its zero: of `zero_bits`, default the codes' width."""
+    bits = 0
+    for name, weight in weights.items():
+        width = width_of(name, given)
+        grid = 16 + (width if zero_bits is None else zero_bits)
+        bits += weight.numel() * width + weight.numel() // given.group_size * grid
+    return bits // 8
+
+
 def module_of(name: str) -> str:
     """Path of a matrix' module in a model whose experts are modules of their own."""
     for old, new in RENAMED.items():

@@ -52,19 +52,16 @@ def work(given: argparse.Namespace) -> None:
         model, layout = rounder.quantize()
         seconds = time.monotonic() - started
         found = dict(model.named_modules())
-        weights, bits = {}, 0
+        weights = {}
         for name, module in modules.items():
             weight = found[module].weight.detach().float()
-            width = given.attention_bits if common.ATTENTION.search(name) else given.bits
-            if len(weight[0, : given.group_size].unique()) > 2**width:
+            if len(weight[0, : given.group_size].unique()) > 2 ** common.width_of(name, given):
                 raise ValueError(f"AutoRound left '{name}' dense.")
             weights[name] = weight
-            # codes, an fp16 scale, and a zero of the codes' width
-            bits += weight.numel() * width + weight.numel() // given.group_size * (16 + width)
     common.write(
         given,
         weights,
-        bits // 8,
+        common.bytes_of(weights, given),
         peer=f"AutoRound {auto_round.__version__}, {given.iterations} iterations",
         settings=scheme | {"iters": given.iterations, "enable_alg_ext": True},
         seconds=round(seconds, 1),

@@ -128,15 +128,10 @@ def work(given: argparse.Namespace) -> None:
         common.shorten(given.model, given.layers, source)
         told = quantize(source, config, rows, given.dtype, packed)
         weights = dequantized(packed, names)
-    bits = 0
-    for name, weight in weights.items():
-        width = given.attention_bits if common.ATTENTION.search(name) else given.bits
-        # codes, an fp16 scale, and a zero of the codes' width; the index of groups is left out
-        bits += weight.numel() * width + weight.numel() // given.group_size * (16 + width)
     common.write(
         given,
         weights,
-        bits // 8,
+        common.bytes_of(weights, given),  # without the index of groups
         peer=f"GPTQModel {gptqmodel.__version__}",
         settings=config,
         **told,

@@ -23,13 +23,12 @@ def work(given: argparse.Namespace) -> None:
     from hqq.core.quantize import Quantizer
 
     names = set(common.quantizable(given.model, given.layers))
-    weights, bits = {}, 0
+    weights = {}
     started = time.monotonic()
     for name, weight in common.tensors(given.model, names.__contains__):
-        width = given.attention_bits if common.ATTENTION.search(name) else given.bits
         packed, meta = Quantizer.quantize(
             weight.float(),
-            nbits=width,
+            nbits=common.width_of(name, given),
             group_size=given.group_size,
             axis=1,
             optimize=True,
@@ -38,12 +37,10 @@ def work(given: argparse.Namespace) -> None:
             device="cpu",
         )
         weights[name] = Quantizer.dequantize(packed, meta).float().view_as(weight)
-        # codes, and an fp16 scale and zero
-        bits += weight.numel() * width + weight.numel() // given.group_size * 32
     common.write(
         given,
         weights,
-        bits // 8,
+        common.bytes_of(weights, given, zero_bits=16),
         peer=f"HQQ {HQQ.partition('==')[2]}",
         settings={"axis": 1, "group_size": given.group_size, "optimize": True, "round_zero": False},
         seconds=round(time.monotonic() - started, 1),
