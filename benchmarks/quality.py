@@ -216,7 +216,8 @@ dense perplexity are of one build. Attention has 4 bits, but for the default, wh
 with GPTQ unless they say otherwise.
 
 The tables of dense perplexity 36.04 (smolmoe) and 53.32 (demo-mixtral) are of the present release; those of 36.79 were measured before coordinate
-descent, down projections fitted behind gate and up, and errors carried on to later layers, and their rows "PMQ" had attention at 4 bits.
+descent, down projections fitted behind gate and up, and errors carried on to later layers, and their rows "PMQ" had attention at 4 bits. uniform on smolmoe at 3.03 and demo-mixtral's baselines but uniform are of the release
+before, which rounded alike.
 
 * At 3.03 bits the default is ahead of uniform GPTQ by 26 % of KL and 13 % of perplexity (smolmoe); at 2.54 by 15 % and 11 %, on demo-mixtral by 45 % of KL. Of smolmoe's 15, 4
   come from widths of experts over the whole model, 9 from attention in the same program (v at 8 bits in most layers), 3 from a width per projection.

@@ -86,16 +86,19 @@ def test_the_command_of_a_report_gives_its_config(config):
     assert params["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("alike", [True, False])  # whether all that shares the budget has one size
 @pytest.mark.parametrize("budget", ["layer", "model"])
-def test_plan_says_what_compress_does(folder, budget):
+def test_plan_says_what_compress_does(folder, budget, alike):
     options = ["--bits", "2.7", "--budget", budget, "--num-samples", "16", "--seq-len", "32", "--dtype", "float32"]
+    fixed = {"granularity": "expert", "attention_bits": 4, "shared_expert_bits": 4} if alike else {}
+    options += [word for name, value in fixed.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     looked = _run("plan", folder / "dense", "--json", *options)
     assert looked.exit_code == 0, looked.output
     plan = json.loads(looked.stdout)
-    config = quick_config(bits=2.7, budget=budget, dataset=tokens(16, 32), num_samples=16)
+    config = quick_config(bits=2.7, budget=budget, dataset=tokens(16, 32), num_samples=16, **fixed)
     report = compression_report(compressed(folder / "dense", config))
     # matrices of many sizes share one budget for the model, which they spend to within the smallest of them
-    near = pytest.approx if budget == "layer" else lambda value: pytest.approx(value, rel=0.005)
+    near = pytest.approx if budget == "layer" or alike else lambda value: pytest.approx(value, rel=0.005)
     assert near(report["sizes"]["total_bytes"]) == plan["total_bytes"]
     assert plan["dense_bytes"] - plan["total_bytes"] == near(
         report["sizes"]["dense_bytes"] - report["sizes"]["total_bytes"]

@@ -113,6 +113,17 @@ def test_models_without_a_head_are_refused_before_anything_is_read(tmp_path):
         AutoModel.from_pretrained(dense, quantization_config=config)
 
 
+def test_one_sequence_is_refused_and_a_given_plan_still_needs_data(tmp_path):
+    dense = save_dense("mixtral", tmp_path / "dense")
+    with pytest.raises(ValueError, match="tuning_steps needs two calibration sequences or more"):
+        compressed(dense, MCMoEConfig(bits=3.0, dataset=tokens(1, 64), num_samples=1, tuning_steps=2))
+    plan = compressed(dense, MCMoEConfig(**OPTIONS)).config.quantization_config.plan
+    options = OPTIONS | {"plan": plan, "rounding": "nearest", "tuning_steps": 2}
+    report = compression_report(compressed(dense, MCMoEConfig(**options)))
+    assert report["tuning"]["steps"] == 2
+    assert report["calibration_tokens"] == 8 * 64
+
+
 @pytest.mark.parametrize("loaded", [False, True])
 def test_the_teachers_states_are_the_dense_models(loaded: bool, tmp_path):
     from test_stream import _open

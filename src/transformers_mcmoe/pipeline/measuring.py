@@ -34,7 +34,7 @@ SHARE, LEAST_TOKENS = 4, 8192
 LINEAR_BATCHES = 1
 
 
-def sequences_for(sequences: int, length: int) -> int:
+def measured_sequences(sequences: int, length: int) -> int:
     """How many of so many calibration sequences the pass runs."""
     return min(sequences, max(-(-LEAST_TOKENS // length), sequences // SHARE))
 
@@ -63,7 +63,7 @@ class Measurer:
 
     def run(self, layers: range) -> None:
         """Measure all layers."""
-        self._runner.restart(sequences_for(*self._runner.tokens.shape))
+        self._runner.restart(measured_sequences(*self._runner.tokens.shape))
         for i in layers:
             with self._runner.loaded(i):
                 paths = self._watcher.inside(i, self._structure.experts)

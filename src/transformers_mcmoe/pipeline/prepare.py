@@ -51,11 +51,13 @@ def prepare(structure: Structure, config: MCMoEConfig) -> tuple[dict[str, int], 
     if isinstance(config.otp, OTPConfig):
         check_learnable(structure.model, config.otp)
     budgets = budgets_of(structure, config)
-    needed = config.plan is None or config.rounding != "nearest"
+    needed = config.plan is None or config.rounding != "nearest" or config.tuning_steps > 0
     learns = isinstance(config.otp, OTPConfig)
     tokens = tokens_for(structure.model, config) if needed or learns else None
     if learns and tokens is not None and len(tokens) < 2:
         raise ValueError("otp needs two calibration sequences or more, one of them to stop its training by.")
+    if config.tuning_steps and tokens is not None and len(tokens) < 2:
+        raise ValueError("tuning_steps needs two calibration sequences or more, one of them to judge it by.")
     return budgets, tokens if needed else None
 
 

@@ -129,7 +129,7 @@ class _Clock:
         self._tokens = config.num_samples * config.seq_len
         # of the tokens that errors are measured on, where that is a pass of its own
         self._apart = config.plan is None and config.budget == "model" and config.allocation != "uniform"
-        share = measuring.sequences_for(config.num_samples, config.seq_len) / config.num_samples
+        share = measuring.measured_sequences(config.num_samples, config.seq_len) / config.num_samples
         self._share = share if self._apart else 1.0
         self._limit = hessian_memory(structure, config, dtype)
         self._known: dict[Any, float] = {}

@@ -90,18 +90,16 @@ class Tuning:
 
     Args:
         model: a packed model, on its device, without expert pruning.
-        teacher: what the dense model returned for the tokens to train on.
+        teacher: what the dense model returned for the tokens to train on, two sequences or more.
         zeros: whether zeros of grids may move.
         meter: shows progress.
 
     Raises:
-        ValueError: the model has no output head, or there is one sequence only.
+        ValueError: the model has no output head.
     """
 
     def __init__(self, model: Any, teacher: Teacher, zeros: bool, meter: Meter) -> None:
         check_head(model)
-        if len(teacher.tokens) < 2:
-            raise ValueError("tuning_steps needs two calibration sequences or more; raise num_samples.")
         self._model, self._teacher, self._zeros, self._meter = model, teacher, zeros, meter
         self._layers = [model.get_submodule(path) for path in teacher.layers]
         self._tuple = False
