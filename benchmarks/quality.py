@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from machine import here
+from quality_page import RESULTS, write_page
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
-DOCS = Path(__file__).parent.parent / "docs" / "quality.md"
+GENERATED = Path("generated")
+# what a row's name says of a calibration on more than one text
+SOURCES = {"mixed": ", mixed calibration", "generated": ", calibrated on its own text"}
 # one width of attention for all layers, as the baselines have it
 FIXED: dict[str, Any] = {"attention_bits": 4, "shared_expert_bits": 4}
 UNIFORM: dict[str, Any] = {"allocation": "uniform"}
@@ -63,8 +65,13 @@ def measure(options: argparse.Namespace, name: str, bits: float, dense: Any, tes
     from transformers_mcmoe import MCMoEConfig, compression_report
     from transformers_mcmoe.evaluation import evaluate
 
-    row: dict[str, Any] = {"row": name, "bits": bits, "seed": options.seed, "layers": options.layers}
-    common = {"dataset": str(options.calibration), "num_samples": options.samples, "seq_len": options.seq_len}
+    row: dict[str, Any] = {
+        "row": name + SOURCES.get(source(options), ""),
+        "bits": bits,
+        "seed": options.seed,
+        "layers": options.layers,
+    }
+    common = {"dataset": calibration(options, dense), "num_samples": options.samples, "seq_len": options.seq_len}
     if options.layers:
         last = AutoConfig.from_pretrained(options.model).num_hidden_layers
         common["modules_to_not_convert"] = [f"model.layers.{i}" for i in range(options.layers, last)]
@@ -73,9 +80,26 @@ def measure(options: argparse.Namespace, name: str, bits: float, dense: Any, tes
     model = AutoModelForCausalLM.from_pretrained(options.model, quantization_config=config, dtype=torch.float32)
     row |= told(compression_report(model)) | {"seconds": round(time.monotonic() - started, 1)}
     if options.save is not None:
-        model.save_pretrained(options.save / f"{name} {bits}")
+        model.save_pretrained(options.save / f"{row['row']} {bits}")
     scores = evaluate(model.dequantize(), test, dense, context=options.context, limit=options.windows, batch=1)
     return row | scores.to_dict()
+
+
+def source(options: argparse.Namespace) -> str:
+    """What is calibrated on: "text", "mixed" texts, or "generated"."""
+    if options.calibration == [GENERATED]:
+        return "generated"
+    return "mixed" if len(options.calibration) > 1 else "text"
+
+
+def calibration(options: argparse.Namespace, dense: Any) -> Any:
+    """The `dataset` of a row: a text, several in equal shares, or what the dense model writes."""
+    from transformers_mcmoe.calibration.generated import generated_tokens
+
+    if source(options) == "generated":
+        return generated_tokens(dense, options.samples, options.seq_len, seed=options.seed)
+    texts = [str(text) for text in options.calibration]
+    return texts[0] if len(texts) == 1 else dict.fromkeys(texts, 1.0)
 
 
 def told(report: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +135,7 @@ def measure_peer(options: argparse.Namespace, folder: Path, dense: Any, test: to
 
     told = json.loads((folder / "peer.json").read_text(encoding="utf-8"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    row = {"row": told["peer"], "bits": options.bits[0], "layers": told["layers"], "peer": told}
+    row = {"row": told["peer"], "bits": None, "layers": told["layers"], "peer": told}
     row |= {name: told[name] for name in ("bits_per_weight", "seconds")}
     scores = evaluate(model, test, dense, context=options.context, limit=options.windows, batch=1)
     return row | scores.to_dict()
@@ -126,9 +150,11 @@ def main() -> None:
     """Append the rows asked for, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="folder of the dense checkpoint")
-    parser.add_argument("--calibration", type=Path, help="text to calibrate on")
+    parser.add_argument(
+        "--calibration", type=Path, nargs="+", help="texts to calibrate on, in equal shares; or: generated"
+    )
     parser.add_argument("--test", type=Path, help="text to measure on")
-    parser.add_argument("--bits", type=float, nargs="+", default=[3.03, 2.54, 2.05])
+    parser.add_argument("--bits", type=float, nargs="*", default=[3.03, 2.54, 2.05])
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=1024)
@@ -140,10 +166,12 @@ def main() -> None:
     parser.add_argument("--saved", type=Path, nargs="*", default=[], help="measure these, which --save kept, again")
     parser.add_argument("--save", type=Path, help="keep the packed models in folders in here")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--docs", action="store_true", help="write docs/quality.md from the committed rows, and stop")
+    parser.add_argument(
+        "--docs", action="store_true", help="write docs/quality.md and its figures from the committed rows, and stop"
+    )
     options = parser.parse_args()
     if options.docs:
-        write_docs()
+        write_page()
         return
     test = tokens(options.model, options.test)
     dense = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
@@ -157,94 +185,20 @@ def main() -> None:
 
 
 def _append(options: argparse.Namespace, measured: dict[str, Any]) -> None:
-    row = {"model": options.model.name, "test": options.test.name, "calibration": options.calibration.name}
+    row = {
+        "model": options.model.name,
+        "test": options.test.name,
+        "calibration": " + ".join(text.name for text in options.calibration),
+    }
     row |= {"group_size": options.group_size} | measured | here()
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-    print(f"{row['bits']} {row['row']}: perplexity {row['perplexity']:.2f}, KL {row['kl']:.4f}", flush=True)
-
-
-def write_docs() -> None:
-    """docs/quality.md: one table per model, layers and budget, the newest row of each name; the newest models first."""
-    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-    newest = {(_build(row), row["test"], row["layers"], row["bits"], row["row"]): row for row in rows}
-    builds = list(dict.fromkeys(_build(row) for row in reversed(rows)))
-    parts = [HEAD]
-    for key in sorted(dict.fromkeys(key[:4] for key in newest), key=lambda key: builds.index(key[0])):
-        (model, _), _, layers, bits = key
-        table = sorted((row for k, row in newest.items() if k[:4] == key), key=lambda row: row["kl"])
-        first = next(row for row in table if "calibration_tokens" in row)
-        protocol = first["protocol"]
-        parts.append(
-            f"## {model}, {bits:.4g} average bits{f', only layers 0-{layers - 1} quantized' if layers else ''}\n"
-        )
-        parts.append(
-            f"Calibration: {first['calibration_tokens']:,} tokens of {first['calibration']}. Measured: "
-            f"{protocol['windows']} windows of {protocol['context']} tokens spread over {first['test']}, "
-            f"{first['tokens']:,} predictions, fp32, on {first['cpus']} CPU cores. Dense perplexity "
-            f"{first['reference_perplexity']:.2f}. Groups of {first['group_size']} or the largest divisor below. "
-            "± is a standard error over windows.\n"
-        )
-        parts.append("| row | average bits | bits per weight | perplexity | dNLL | KL | top-1 | seconds |")
-        parts.append("|---|---|---|---|---|---|---|---|")
-        parts += [_line(row) for row in table]
-        parts.append("")
-    DOCS.write_text("\n".join(parts), encoding="utf-8")
-
-
-def _build(row: dict[str, Any]) -> tuple[str, float]:
-    """A dense model: its name, and its perplexity, as what a builder gives depends on the machine's arithmetic."""
-    return row["model"], round(row["reference_perplexity"], 2)
-
-
-def _line(row: dict[str, Any]) -> str:
-    average, per_weight = (f"{row[name]:.3f}" if name in row else "" for name in ("average_bits", "bits_per_weight"))
-    seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
-    return (
-        f"| {row['row']} | {average} | {per_weight} | {row['perplexity']:.2f} | {row['dnll']:.3f} ± {row['dnll_se']:.3f} "
-        f"| {row['kl']:.4f} ± {row['kl_se']:.4f} | {100 * row['top1']:.1f} % | {seconds} |"
+    print(
+        f"{row['bits']} {row['row']}: {row['bits_per_weight']:.3f} bits per weight, perplexity {row['perplexity']:.2f}, KL {row['kl']:.4f}",
+        flush=True,
     )
 
-
-HEAD = """# Quality, measured
-
-Written by `python benchmarks/quality.py --docs` from `benchmarks/results/quality.jsonl`; rows are ordered by KL divergence to
-the dense model. smolmoe is a 373 M-parameter Mixtral built from SmolLM2-135M by layer-wise distillation; it is far more
-sensitive than large models. What its builder gives depends on the machine's arithmetic: rows compare inside a table, and tables of one
-dense perplexity are of one build. Attention has 4 bits, but for the default, which chooses 4 or 8 per projection within the same average. Rows round
-with GPTQ unless they say otherwise.
-
-The tables of dense perplexity 36.04 (smolmoe) and 53.32 (demo-mixtral) are of the present release; those of 36.79 were measured before coordinate
-descent, down projections fitted behind gate and up, and errors carried on to later layers, and their rows "PMQ" had attention at 4 bits. uniform on smolmoe at 3.03 and demo-mixtral's baselines but uniform are of the release
-before, which rounded alike.
-
-* At 3.03 bits the default is ahead of uniform GPTQ by 26 % of KL and 13 % of perplexity (smolmoe); at 2.54 by 15 % and 11 %, on demo-mixtral by 45 % of KL. Of smolmoe's 15, 4
-  come from widths of experts over the whole model, 9 from attention in the same program (v at 8 bits in most layers), 3 from a width per projection.
-  On the demo model attention stays at 4 bits; `uniform` with attention at 8 bits and the same average is worse there.
-* AutoRound with 20 iterations per block, a tenth of its own default, equals our rounding on the first 6 layers at 2 bits (KL 0.3846 and 0.3905 with a standard
-  error of 0.01), at 3.4 times the time. It has not been run with 200 iterations, nor on all layers.
-* On text of another domain than the calibration's (Python's documentation instead of web text) the default at 2.54 bits is ahead of uniform by 22 % of KL and 19 % of
-  perplexity, with tuning by 32 and 29 %.
-* What is not reached: the default at 2.54 bits against uniform at 3.03 (KL 0.522). With 64 `tuning_steps` perplexity is the same (54.91 and 54.85), KL is 0.562. Tuning is
-  not part of the default, as it takes longer than all else and gives the demo model nothing.
-* The default takes 1.8 times uniform's time at 16 calibration sequences. The pass that measures errors reads a quarter of the sequences, but rounds
-  experts at every width whatever their number, so that the share falls with more of them.
-
-GPTQModel is run by `benchmarks/peers/with_gptqmodel.py` (asymmetric, mse 2.4, group-aware act order, damping 0.05; its own defaults,
-symmetric without a range search, are worse), on windows of the same calibration text. Its format spends about 0.2 bits per
-weight less at groups of 64, as its zeros are codes and ours are fp16. Where a standard error is large, one window whose
-attention sink broke dominates the mean. Seconds are of a shared machine; each row of the JSON has its load.
-
-(Measured on the earlier build:) a budget per layer has little to move here: experts of one layer differ by a factor of 3 in error, which is what a bit is worth;
-layers differ by 10. That is why one budget for the model is the default.
-
-Errors are divided by a token's norm times the median norm. Divided by the squared norm, an attention sink counts as one token of 1,024,
-although all others attend to it: on the earlier build at 2.05 bits one window of twelve then lost its sink (KL 6.93, the others 1.28 on the
-mean) and PMQ with it, 200.29 / 1.752; now no window breaks.
-
-bsp has widths 1 and 2 at 2.05, as whole layers at 2 and 4 bits cannot go that low.
-"""
 
 if __name__ == "__main__":
     main()

@@ -383,3 +383,55 @@ def test_local_names_are_not_looked_up():
 def test_a_text_is_no_path():
     with pytest.raises(ValueError, match="dataset is a text of 5000 characters; give texts as a list of strings"):
         _tokens("word " * 1000)
+
+
+class TestMixture:
+    """Several data sets with their shares."""
+
+    @pytest.fixture
+    def files(self, tmp_path: Path) -> tuple[str, str]:
+        names = []
+        for name, first in (("a.txt", 100), ("b.txt", 5000)):
+            path = tmp_path / name
+            path.write_text(" ".join(str(first + n) for n in range(400)))
+            names.append(str(path))
+        return names[0], names[1]
+
+    def test_shares(self, files: tuple[str, str]):
+        tokens = _tokens({files[0]: 3, files[1]: 1}, num_samples=8)
+        assert tokens.shape == (8, 4)
+        second = (tokens >= 5000).all(1)
+        assert second.sum() == 2
+        assert ((tokens < 5000).all(1) | second).all()
+        # any first ones are of both
+        assert second[:4].sum() == 1
+
+    def test_the_same_sequences_as_alone(self, files: tuple[str, str]):
+        mixed = _tokens({files[0]: 0.5, files[1]: 0.5}, num_samples=6)
+        for name in files:
+            alone = _tokens(name, num_samples=3)
+            assert all((mixed == row).all(1).any() for row in alone)
+
+    @pytest.mark.parametrize(
+        ("shares", "count", "expected"),
+        [
+            ({"a": 1, "b": 1}, 5, [3, 2]),
+            ({"a": 0.7, "b": 0.2, "c": 0.1}, 10, [7, 2, 1]),
+            ({"a": 100, "b": 1, "c": 1}, 4, [2, 1, 1]),
+            ({"a": 2}, 3, [3]),
+        ],
+    )
+    def test_counts(self, shares: dict[str, float], count: int, expected: list[int]):
+        assert list(data.shares_of(shares, count).values()) == expected
+
+    def test_refused(self, files: tuple[str, str]):
+        with pytest.raises(ValueError, match="positive number"):
+            _tokens({files[0]: 1, files[1]: 0})
+        with pytest.raises(ValueError, match="num_samples=1 is less than the 2 data sets"):
+            _tokens({files[0]: 1, files[1]: 1}, num_samples=1)
+
+    def test_folders_are_not_stored(self, files: tuple[str, str]):
+        from transformers_mcmoe import MCMoEConfig
+
+        config = MCMoEConfig(dataset={files[0]: 1, "org/name": 2})
+        assert config.to_dict()["dataset"] == {"a.txt": 1, "org/name": 2}

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +120,14 @@ class Importance:
 @torch.no_grad()
 def work(given: argparse.Namespace) -> None:
     """Measure importance, then write a checkpoint per type."""
-    import llama_cpp
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(given.threads)
-    types = Types(Path(llama_cpp.__file__).parent / "lib")
+    # not imported: the library alone is called
+    package = find_spec("llama_cpp")
+    if package is None or package.origin is None:
+        raise SystemExit(f"llama.cpp is not installed here: pip install --no-deps '{LLAMA_CPP}'")
+    types = Types(Path(package.origin).parent / "lib")
     names = common.quantizable(given.model, given.layers)
     model, importance = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32), Importance()
     with importance.observe(model):
@@ -153,7 +158,7 @@ def work(given: argparse.Namespace) -> None:
             peer=f"llama.cpp {kind}",
             settings={"experts": kind, "attention": given.attention_type, "imatrix": True, "padded_to": BLOCK},
             seconds=round(time.monotonic() - started, 1),
-            versions={"llama_cpp": llama_cpp.__version__, "cpus": os.cpu_count()},
+            versions={"llama_cpp": version("llama-cpp-python"), "cpus": os.cpu_count()},
         )
 
 

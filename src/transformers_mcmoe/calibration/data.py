@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transformers_mcmoe.config.values import is_mixture
+
 logger = logging.getLogger(__name__)
 
 # the papers' calibration text: the first training shard of C4
@@ -66,6 +68,12 @@ def calibration_tokens(
     """
     if isinstance(dataset, Tensor) or _is_token_lists(dataset):
         return _given_tokens(dataset, num_samples)
+    if is_mixture(dataset):
+        parts = [
+            calibration_tokens(name, tokenizer, num_samples=count, seq_len=seq_len, seed=seed, model_name=model_name)
+            for name, count in shares_of(dataset, num_samples).items()
+        ]
+        return _spread(parts)
     texts = _texts(DEFAULT_DATASET if dataset is None else dataset, seed)
     tokenizer = _tokenizer(tokenizer, model_name)
     needed = num_samples * seq_len
@@ -77,6 +85,34 @@ def calibration_tokens(
         if len(ids) >= limit:
             break
     return _cut(torch.tensor(ids, dtype=torch.int64), num_samples, seq_len)
+
+
+def shares_of(mixture: Mapping[str, float], num_samples: int) -> dict[str, int]:
+    """Sequences of each data set: its share of `num_samples`, one at least; the largest remainders are rounded up.
+
+    Raises:
+        ValueError: a share is no positive number, or there are fewer sequences than data sets.
+    """
+    if not all(isinstance(share, int | float) and share > 0 for share in mixture.values()):
+        raise ValueError(f"dataset={dict(mixture)!r} mixes data sets: each needs a positive number, its share.")
+    if num_samples < len(mixture):
+        raise ValueError(
+            f"num_samples={num_samples} is less than the {len(mixture)} data sets that dataset mixes; raise it."
+        )
+    exact = {name: num_samples * share / sum(mixture.values()) for name, share in mixture.items()}
+    counts = {name: max(1, int(count)) for name, count in exact.items()}
+    while (left := num_samples - sum(counts.values())) != 0:
+        step = 1 if left > 0 else -1
+        free = [name for name in exact if step > 0 or counts[name] > 1]
+        name = max(free, key=lambda name: step * (exact[name] - counts[name]))
+        counts[name] += step
+    return counts
+
+
+def _spread(parts: Sequence[Tensor]) -> Tensor:
+    """Sequences of several data sets, [N, T], in an order in which any first ones are of all of them by their shares."""
+    place = torch.cat([(torch.arange(len(part)) + 0.5) / len(part) for part in parts])
+    return torch.cat(list(parts))[place.argsort(stable=True)]
 
 
 def text_tokens(dataset: Any, tokenizer: Any) -> Tensor:

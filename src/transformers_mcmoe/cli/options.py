@@ -66,8 +66,8 @@ HELP = {
     "target_size": "size of the weights' files, e.g. 16GB, in place of --bits; all that is stored counts.",
     "at_least": "least number of experts of a layer per width, e.g. 3:1,2:1 (the papers' constraint).",
     "modules_to_not_convert": "names or patterns of modules that stay as they are, separated by commas.",
-    "dataset": "calibration text: Hub id 'org/name[:subset[:split[:field]]]', or a local .txt, .jsonl or .parquet file. "
-    "Default: C4 from the Hub.",
+    "dataset": "calibration text: Hub id 'org/name[:subset[:split[:field]]]', a local .txt, .jsonl or .parquet file, or several with "
+    'their shares as JSON: {"web.txt": 0.7, "code.jsonl": 0.3}. Default: C4 from the Hub.',
     "tokenizer": "tokenizer's id or folder; default the model's own.",
     "work_dir": "folder for intermediate files; default a hidden one beside the output.",
     "max_memory": "memory that compression may take, e.g. 12GB; checked against the estimate before it starts.",

@@ -35,6 +35,7 @@ from transformers_mcmoe.config.values import (
     ascending,
     check,
     is_file,
+    is_mixture,
     is_width,
     read_plan,
     refuse_reserved,
@@ -100,7 +101,8 @@ class MCMoEConfig(QuantizationConfigMixin):
         sweeps: rounds of coordinate descent over codes and grids that follow GPTQ; 0 for none.
         activations: a layer is calibrated on what the "compressed" layers before it return, or the "dense" ones.
         dataset: calibration text: Hub id "org/name[:subset[:split[:field]]]" or a dict with path, subset, split,
-            field; a local .txt, .jsonl or .parquet file; a list of strings; or token ids [N, T]. Default: C4.
+            field; a local .txt, .jsonl or .parquet file; a list of strings; token ids [N, T]; or several ids and files with
+            their shares, {"web.txt": 0.7, "code.jsonl": 0.3}. Default: C4.
         num_samples: calibration sequences.
         seq_len: tokens per calibration sequence.
         tokenizer: tokenizer object or id; default the model's own.
@@ -336,6 +338,8 @@ class MCMoEConfig(QuantizationConfigMixin):
         data["dataset"] = self.dataset if isinstance(self.dataset, str | dict) else None
         if isinstance(self.dataset, Path) or (isinstance(self.dataset, str) and is_file(self.dataset)):
             data["dataset"] = Path(self.dataset).name
+        if is_mixture(self.dataset):
+            data["dataset"] = {Path(n).name if is_file(n) else n: share for n, share in self.dataset.items()}
         return data
 
     def get_loading_attributes(self) -> dict[str, Any]:

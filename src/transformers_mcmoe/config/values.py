@@ -49,6 +49,12 @@ def is_file(name: str) -> bool:
         return False
 
 
+def is_mixture(dataset: Any) -> bool:
+    """Whether a data set is a mapping from data sets to their shares of the sequences, and not a description of one."""
+    described = {"path", "subset", "split", "field", "data_files"}
+    return isinstance(dataset, Mapping) and bool(dataset) and not described & set(dataset)
+
+
 def check(ok: bool, name: str, value: Any, expected: str) -> None:
     """Raise ValueError, which says what an option must be, unless it is `ok`."""
     if not ok:

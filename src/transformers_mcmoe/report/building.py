@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 
 from transformers_mcmoe.calibration.data import DEFAULT_DATASET
 from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig
+from transformers_mcmoe.config.values import is_mixture
 from transformers_mcmoe.integrations.card import inherited
 from transformers_mcmoe.pipeline import Compressed, LayerResult
 from transformers_mcmoe.plan import average_bits, bits_per_weight
@@ -104,11 +105,15 @@ def _source(config: MCMoEConfig, result: Compressed) -> str | None:
         return None
     if dataset is None:
         return str(DEFAULT_DATASET["path"])
+    if is_mixture(dataset):
+        return " + ".join(_named(name) for name in dataset)
     if isinstance(dataset, Mapping):
         return str(dataset["path"])
-    if isinstance(dataset, str | Path):
-        return Path(dataset).name if Path(dataset).exists() else str(dataset).partition(":")[0]
-    return "given in memory"
+    return _named(dataset) if isinstance(dataset, str | Path) else "given in memory"
+
+
+def _named(dataset: str | Path) -> str:
+    return Path(dataset).name if Path(dataset).exists() else str(dataset).partition(":")[0]
 
 
 def _parts(model: Any, config: MCMoEConfig, result: Compressed) -> dict[str, int]:
