@@ -113,15 +113,27 @@ def items(maker: Maker, task: str, dense: Any, wanted: int, tried: int) -> Itera
                 return
 
 
-def load(folder: Path, odp: bool) -> Any:
-    """A model, packed or dense; with its expert pruning or without."""
+def load(folder: Path) -> Any:
+    """A model, packed or dense, without expert pruning."""
     from transformers_mcmoe import MCMoEConfig
 
     told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     options = {}
     if told.get("quantization_config", {}).get("quant_method") == "mcmoe":
-        options["quantization_config"] = MCMoEConfig(odp=None if odp else False)
+        options["quantization_config"] = MCMoEConfig(odp=False, otp=False)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+
+
+def variants(model: Any, calibration: Path | None) -> Iterator[str]:
+    """The model as it is, "", and, given a calibration text, with rule-based and with learned expert pruning."""
+    from transformers_mcmoe import set_expert_pruning, train_expert_pruning
+
+    yield ""
+    if calibration is not None:
+        set_expert_pruning(model, dataset=str(calibration), num_samples=16, seq_len=1024)
+        yield " + ODP"
+        train_expert_pruning(model, str(calibration))
+        yield " + OTP"
 
 
 def main() -> None:
@@ -132,6 +144,8 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", default=[], help="NAME=FOLDER of packed models, or of outputs of peers/"
     )
+    parser.add_argument("--pruned", nargs="*", default=[], help="names of packed models to measure with pruning, too")
+    parser.add_argument("--calibration", type=Path, help="text that the pruning is calibrated and trained on")
     parser.add_argument("--items", type=int, default=100, help="per task, all of which the dense model solves")
     parser.add_argument("--tried", type=int, default=400, help="per task, at most")
     parser.add_argument("--seed", type=int, default=0)
@@ -149,13 +163,14 @@ def main() -> None:
     print({task: len(own) for task, own in sets.items()}, flush=True)
     for named in options.models:
         name, _, folder = named.partition("=")
-        model = load(Path(folder), odp="ODP" in name or "OTP" in name)
-        solved = {task: sum(item.solved(model) for item in own) for task, own in sets.items()}
-        row = {"row": name, "model": options.dense.name, "text": options.text.name, "seed": options.seed}
-        row |= {"items": {task: len(own) for task, own in sets.items()}, "solved": solved} | here()
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(name, solved, flush=True)
+        model = load(Path(folder))
+        for variant in variants(model, options.calibration if name in options.pruned else None):
+            solved = {task: sum(item.solved(model) for item in own) for task, own in sets.items()}
+            row = {"row": name + variant, "model": options.dense.name, "text": options.text.name, "seed": options.seed}
+            row |= {"items": {task: len(own) for task, own in sets.items()}, "solved": solved} | here()
+            with RESULTS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            print(row["row"], solved, flush=True)
 
 
 def write_docs() -> None:

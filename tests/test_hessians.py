@@ -9,6 +9,7 @@ from tiny import save_dense, tiny_model, tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from transformers_mcmoe.calibration import hessians
 from transformers_mcmoe.calibration.hessians import (
     RIDGE,
     DownHessians,
@@ -51,6 +52,19 @@ def test_sums_are_additive():
     assert total.total[0].abs().max() == 0
     assert parts[0].tokens.tolist() == [0, 30]  # the operands are unchanged
     assert total.traces().tolist() == pytest.approx([0.0, float(whole.square().sum() / 50)])
+
+
+@pytest.mark.parametrize("size", [4, 8, 11, 16])
+def test_blocks_are_mirrored(size: int, monkeypatch):
+    monkeypatch.setattr(hessians, "BLOCK", 4)
+    x, y = _random(30, size), _random(20, size, seed=1)
+    counted = Hessian.zeros(2, size, torch.device("cpu"))
+    counted.add(0, x)
+    torch.testing.assert_close(counted.total[0], x.T @ x)
+    counted.add(0, y)
+    counted.add(1, y)
+    torch.testing.assert_close(counted.total[0], x.T @ x + y.T @ y)
+    torch.testing.assert_close(counted.total[1], y.T @ y)
 
 
 @torch.no_grad()

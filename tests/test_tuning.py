@@ -15,10 +15,11 @@ from torch.nn.utils import parametrize
 from transformers import AutoModel
 
 from transformers_mcmoe import MCMoEConfig, compression_report
+from transformers_mcmoe.kernels import cpu
 from transformers_mcmoe.models.stream import LoadedRunner, computing
 from transformers_mcmoe.nn import PackedLinear
 from transformers_mcmoe.quantization import group_size_for, pack, quantize, unpack
-from transformers_mcmoe.tuning import TunedLinear
+from transformers_mcmoe.tuning import TunedLinear, training
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo-mixtral"
 OPTIONS = {"bits": 3.0, "dataset": tokens(8, 64), "num_samples": 8, "progress": lambda _: None}
@@ -57,6 +58,21 @@ def test_gradients_are_those_of_the_rebuilt_matrix(bits: int, columns: int):
     torch.testing.assert_close(base.dequantize(torch.float32), weight.detach(), rtol=2e-3, atol=2e-3)
 
 
+def test_products_follow_autocast():
+    tuned, x = TunedLinear(_packed(3, 128)), torch.randn(40, 128, requires_grad=True)
+    tuned(x).square().sum().backward()
+    wanted = [t.grad.clone() for t in (x, tuned.factor, tuned.shift)]
+    for t in (x, tuned.factor, tuned.shift):
+        t.grad = None
+    with torch.autocast("cpu", torch.bfloat16):
+        y = tuned(x)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    for t, grad in zip((x, tuned.factor, tuned.shift), wanted, strict=True):
+        assert t.grad.dtype == torch.float32
+        assert float((t.grad - grad).norm() / grad.norm()) < 0.02
+
+
 def test_zeros_can_be_kept():
     base = _packed(3, 64)
     tuned = TunedLinear(base, zeros=False)
@@ -76,8 +92,10 @@ def _codes(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "phimoe"])  # shared experts, biases, layer norms
-def test_only_what_is_real_valued_moves(family: str, tmp_path):
+def test_only_what_is_real_valued_moves(family: str, tmp_path, monkeypatch):
     """Random models have next to nothing to win; what does not help on other sequences is left out."""
+    # products in bfloat16 whatever the machine is good at
+    monkeypatch.setattr(training, "BF16", cpu.instruction_sets()[0] if cpu.instruction_sets() else "")
     dense = save_dense(family, tmp_path / "dense")
     plain = compressed(dense, MCMoEConfig(**OPTIONS))
     for steps, rate in ((2, 2e-3), (2, 0.9)):

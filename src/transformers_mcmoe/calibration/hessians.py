@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,30 +17,49 @@ from torch import Tensor, nn
 from transformers_mcmoe.models.experts import Experts
 from transformers_mcmoe.plan import ROLES
 
+# rows of a Hessian that are summed by one product
+BLOCK = 512
 # share of its mean that is added to the diagonal where a down projection is fitted anew (docs/quantization.md)
 RIDGE = 0.1
 
 
-@dataclass
 class Hessian:
     """Sums over the tokens of B matrices that have an input each.
 
-    Attributes:
+    Sums of large matrices are taken block row by block row from the diagonal on, which is half of the products; `total` is mirrored
+    when it is asked for.
+
+    Args:
         total: [B, in, in] float32, sums of x^T x.
         tokens: [B] int64, tokens counted.
+
+    Attributes:
+        tokens: as given.
     """
 
-    total: Tensor
-    tokens: Tensor
+    def __init__(self, total: Tensor, tokens: Tensor) -> None:
+        self._total, self.tokens = total, tokens
+        self._whole = True
 
     @classmethod
     def zeros(cls, batch: int, in_features: int, device: torch.device) -> Hessian:
         return cls(torch.zeros(batch, in_features, in_features, device=device), torch.zeros(batch, dtype=torch.int64))
 
+    @property
+    def total(self) -> Tensor:
+        """[B, in, in] float32, symmetric; not a copy."""
+        if not self._whole:
+            for _, rows, rest in _blocks(self._total.shape[-1]):
+                self._total[:, rest, rows] = self._total[:, rows, rest].transpose(1, 2)
+            self._whole = True
+        return self._total
+
     def add(self, index: int, x: Tensor) -> None:
         """Count tokens `x` [n, in] of matrix `index`."""
-        x = x.detach().to(self.total.device, torch.float32)
-        self.total[index].addmm_(x.T, x)
+        x = x.detach().to(self._total.device, torch.float32)
+        for start, rows, _ in _blocks(x.shape[1]):
+            self._total[index, rows, start:].addmm_(x[:, rows].T, x[:, start:])
+        self._whole = self._whole and x.shape[1] <= BLOCK
         self.tokens[index] += x.shape[0]
 
     def __add__(self, other: Hessian) -> Hessian:
@@ -49,8 +67,15 @@ class Hessian:
 
     def traces(self) -> Tensor:
         """[B] float64, mean of |x|^2 per token: the trace of E[x^T x]."""
-        traces = self.total.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64).cpu()
+        traces = self._total.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64).cpu()
         return traces / self.tokens.clamp(min=1)
+
+
+def _blocks(columns: int) -> Iterator[tuple[int, slice, slice]]:
+    """Block rows of a square matrix: the first, all, and the columns behind the diagonal block."""
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        yield start, slice(start, stop), slice(stop, columns)
 
 
 class ExpertHessians:

@@ -32,6 +32,8 @@ from transformers_mcmoe.quantization import dequantize
 SHARE, LEAST_TOKENS = 4, 8192
 # batches of tokens that a layer is run on with one of its linear layers rounded
 LINEAR_BATCHES = 1
+# a width is not measured beside both of its neighbours: its error is their geometric mean within 5 % (docs/quantization.md)
+BETWEEN = {3: (2, 4)}
 
 
 def measured_sequences(sequences: int, length: int) -> int:
@@ -145,6 +147,9 @@ class Measurer:
         final = config.eps == "final"
         feedback = final and config.rounding == "gptq"
         traced = config.allocation == "hessian"
+        skips = feedback and config.relative_errors
+        between = {b: pair for b, pair in BETWEEN.items() if skips and {b, *pair} <= {*config.expert_bits}}
+        widths = [bits for bits in config.expert_bits if bits not in between]
         every = list(range(experts.num_experts))
         for which, hessians, inputs in self._watcher.passes(
             i, path, every, ROLES if feedback or traced else (), held_out=feedback
@@ -155,15 +160,18 @@ class Measurer:
             used = hessians.roles if hessians is not None and feedback else {}
             rounder = ExpertRounder(experts, which, used, config, grid, refits=0, sweeps=0)
             del hessians, used
-            packed = {bits: rounder.round(which, (bits, bits)) for bits in config.expert_bits}
+            packed = {bits: rounder.round(which, (bits, bits)) for bits in widths}
             del rounder
             for n, expert in enumerate(which):
-                own = {bits: packed[bits][expert] for bits in config.expert_bits}
+                own = {bits: packed[bits][expert] for bits in widths}
                 weights = None if traces is None else {role: trace[n] for role, trace in traces.items()}
                 self._errors(path, expert, own, inputs, weights)
                 self._meter.expert_done(expert, experts.num_experts)
                 if final and not feedback:
                     candidates |= {(expert, bits): matrices for bits, matrices in own.items()}
+        for errors in (result.errors, *result.role_errors.values()):
+            for bits, (low, high) in between.items():
+                errors[bits] = [math.sqrt(a * b) for a, b in zip(errors[low], errors[high], strict=True)]
         return candidates
 
     def _errors(

@@ -48,8 +48,10 @@ class TunedLinear(nn.Module):
         return self._scale * self.factor.clamp(min=LEAST), self._zero + self.shift
 
     def forward(self, x: Tensor) -> Tensor:
-        """[.., in_features] -> [.., out_features], in the dtype of `x`."""
+        """[.., in_features] -> [.., out_features], in the dtype of `x`, or autocast's."""
         base = self.base
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         y = _Product.apply(x, *self.grid(), base.weight, base.bits, base.in_features)
         return y if base.bias is None else y + base.bias.to(y.dtype)
 
