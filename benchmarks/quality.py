@@ -64,6 +64,7 @@ def measure(options: argparse.Namespace, name: str, bits: float, dense: Any, tes
     """Compress, evaluate, and return the row."""
     from transformers_mcmoe import MCMoEConfig, compression_report
     from transformers_mcmoe.evaluation import evaluate
+    from transformers_mcmoe.memory import PeakMemory, anonymous_memory
 
     row: dict[str, Any] = {
         "row": name + SOURCES.get(source(options), ""),
@@ -76,9 +77,11 @@ def measure(options: argparse.Namespace, name: str, bits: float, dense: Any, tes
         last = AutoConfig.from_pretrained(options.model).num_hidden_layers
         common["modules_to_not_convert"] = [f"model.layers.{i}" for i in range(options.layers, last)]
     config = MCMoEConfig(bits, **common, group_size=options.group_size, seed=options.seed, **ROWS[name])
-    started = time.monotonic()
-    model = AutoModelForCausalLM.from_pretrained(options.model, quantization_config=config, dtype=torch.float32)
+    started, before = time.monotonic(), anonymous_memory()
+    with PeakMemory() as peak:
+        model = AutoModelForCausalLM.from_pretrained(options.model, quantization_config=config, dtype=torch.float32)
     row |= told(compression_report(model)) | {"seconds": round(time.monotonic() - started, 1)}
+    row["memory"] = peak.bytes - before  # without the dense model, which is there to be compared with
     if options.save is not None:
         model.save_pretrained(options.save / f"{row['row']} {bits}")
     scores = evaluate(model.dequantize(), test, dense, context=options.context, limit=options.windows, batch=1)

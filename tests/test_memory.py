@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 
-from transformers_mcmoe.memory import anonymous_memory, large_blocks_apart, return_free_memory
+from transformers_mcmoe.memory import anonymous_memory, large_blocks_apart, quick_collections, return_free_memory
 
 glibc = pytest.mark.skipif(
     sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="the allocator is glibc's"
@@ -72,3 +74,28 @@ def test_elsewhere_nothing_is_done(monkeypatch):
     return_free_memory()
     with large_blocks_apart():
         assert torch.ones(3).sum() == 3
+
+
+def test_collections_pass_over_old_objects():
+    class Node:
+        """Held by itself alone."""
+
+    gc.unfreeze()  # conftest freezes
+    old, new = Node(), None
+    old.own = old
+    watched = weakref.ref(old)
+    with quick_collections():
+        with quick_collections():  # inside another one nothing changes
+            assert gc.get_freeze_count()
+        assert gc.get_freeze_count()
+        del old
+        new = Node()
+        new.own, fresh = new, weakref.ref(new)
+        del new
+        gc.collect()
+        assert fresh() is None
+        assert watched() is not None
+    assert not gc.get_freeze_count()
+    gc.collect()
+    assert watched() is None
+    gc.freeze()

@@ -7,6 +7,7 @@ Knows the C library's allocator (glibc; elsewhere nothing is done), not what is 
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 import threading
 from collections.abc import Iterator
@@ -80,6 +81,23 @@ def large_blocks_apart() -> Iterator[None]:
         yield
     finally:
         option(_M_MMAP_THRESHOLD, _MOST)
+
+
+@contextmanager
+def quick_collections() -> Iterator[None]:
+    """While open, the garbage collector passes over the objects that there are now.
+
+    transformers alone makes half a million of them, and every layer that is unloaded is collected at once.
+    """
+    if gc.get_freeze_count():  # by the caller, who goes on with it
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _function(name: str) -> Any:

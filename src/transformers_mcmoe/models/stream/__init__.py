@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from transformers_mcmoe.memory import large_blocks_apart
+from transformers_mcmoe.memory import large_blocks_apart, quick_collections
 from transformers_mcmoe.models.experts import stacks_of
 from transformers_mcmoe.models.names import CheckpointNames
 from transformers_mcmoe.models.stream.checkpoint import Checkpoint, Weights, checkpoint_files
@@ -54,7 +54,7 @@ def computing() -> Iterator[None]:
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        with torch._C.DisableTorchFunction(), torch.no_grad(), large_blocks_apart():
+        with torch._C.DisableTorchFunction(), torch.no_grad(), large_blocks_apart(), quick_collections():
             yield
     finally:
         torch.set_default_dtype(dtype)
