@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import here
 from quality_page import RESULTS, write_page
+from released import OPTIONS, as_released
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 GENERATED = Path("generated")
@@ -31,6 +33,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "default, 64 tuning steps": {"tuning_steps": 64},
     "preset fast": {"preset": "fast"},
     "preset paper": {"preset": "paper"},
+    "MC as released": OPTIONS,
     "uniform": UNIFORM,
     "uniform, attention 8 bits": UNIFORM | {"attention_bits": 8, "shared_expert_bits": 8},
     "default, a width per expert": {"granularity": "expert"},
@@ -78,7 +81,7 @@ def measure(options: argparse.Namespace, name: str, bits: float, dense: Any, tes
         common["modules_to_not_convert"] = [f"model.layers.{i}" for i in range(options.layers, last)]
     config = MCMoEConfig(bits, **common, group_size=options.group_size, seed=options.seed, **ROWS[name])
     started, before = time.monotonic(), anonymous_memory()
-    with PeakMemory() as peak:
+    with PeakMemory() as peak, as_released() if ROWS[name] is OPTIONS else nullcontext():
         model = AutoModelForCausalLM.from_pretrained(options.model, quantization_config=config, dtype=torch.float32)
     row |= told(compression_report(model)) | {"seconds": round(time.monotonic() - started, 1)}
     row["memory"] = peak.bytes - before  # without the dense model, which is there to be compared with

@@ -90,11 +90,11 @@ def _against_others(own: Setting, rows: list[Row]) -> list[str]:
         f"## {_title(own)}: by true bits per weight\n",
         _protocol(next((row for row in rows if "calibration_tokens" in row), rows[0])),
         f"![Perplexity and KL divergence against bits per weight]({figure})\n",
-        "| bits per weight | row | perplexity | KL | top-1 | seconds |",
-        "|---|---|---|---|---|---|",
+        "| bits per weight | row | perplexity | KL | top-1 | seconds | memory |",
+        "|---|---|---|---|---|---|---|",
         *(
             f"| {row['bits_per_weight']:.3f} | {_named(row)} | {row['perplexity']:.2f} | {row['kl']:.4f} ± {row['kl_se']:.4f} | "
-            f"{100 * row['top1']:.1f} % | {_seconds(row)} |"
+            f"{100 * row['top1']:.1f} % | {_seconds(row)} | {_memory(row)} |"
             for row in rows
         ),
         "",
@@ -111,6 +111,10 @@ def _groups(row: Row) -> str:
 
 def _seconds(row: Row) -> str:
     return f"{row['seconds']:.0f}" if "seconds" in row else ""
+
+
+def _memory(row: Row) -> str:
+    return f"{row['memory'] / 1e9:.2f} GB" if "memory" in row else ""
 
 
 def _budget(own: Setting, bits: float, rows: list[Row]) -> list[str]:

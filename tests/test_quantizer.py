@@ -473,6 +473,15 @@ def test_too_little_max_memory(dense):
         compressed(dense, quick_config(max_memory="1MB"))
 
 
+def test_max_memory_counts_the_tuning(dense):
+    # 6 float32 copies of the logits of 300,000 tokens over 128 words or more
+    config = quick_config(max_memory="800MB", tuning_steps=2, dataset=tokens(2, 64))
+    compressed(dense, config)
+    config = quick_config(max_memory="800MB", tuning_steps=2, seq_len=300_000)
+    with pytest.raises(ValueError, match="max_memory='800MB' is too little for tuning_steps=2"):
+        compressed(dense, config)
+
+
 def test_report_of_a_dense_model(dense):
     with pytest.raises(ValueError, match="was not compressed"):
         compression_report(load(dense))

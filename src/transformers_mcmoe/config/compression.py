@@ -84,8 +84,8 @@ class MCMoEConfig(QuantizationConfigMixin):
         at_least: width -> least number of experts of a layer that take it; {3: 1, 2: 1} is the papers' constraint.
         tuning_steps: steps of training on the KL divergence from the dense model's output, once the model is packed: scales and
             zeros of all matrices, norms and routers move, codes stay. A step is one calibration sequence, or several that have
-            1,024 tokens together; the packed model is in memory, with 32 bytes per group beside it, which `max_memory` does not
-            count (docs/quantization.md).
+            1,024 tokens together; the packed model is in memory, with 40 bytes per group and the logits of a sequence beside it
+            (docs/streaming.md).
         tuning_rate: highest learning rate of that: a step changes a value by about this share.
         preset: "fast" is one pass over 32 sequences with uniform widths; "best" has eight sweeps of coordinate descent
             instead of two, and 128 tuning_steps; "default" sets nothing; "paper" sets what the text of arXiv 2410.06270 says: PMQ per

@@ -23,6 +23,7 @@ from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig, ODPConfig, OT
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.plan import ExpertWidths, Plan, average_bits
 from transformers_mcmoe.progress import size
+from transformers_mcmoe.quantization.packing import GRID_BYTES, packed_shape
 from transformers_mcmoe.routing import check_learnable, check_prunable
 from transformers_mcmoe.version import __version__
 from transformers_mcmoe.workdir import fingerprint
@@ -31,6 +32,10 @@ from transformers_mcmoe.workdir import fingerprint
 OVERHEAD = 512 << 20
 # Hessians of small models are held together up to this size, which is part of OVERHEAD
 _LEAST_HESSIANS = 128 << 20
+# bytes that a group's scale and zero take while they are trained: values, factors, gradients, two moments each
+_TUNED_GROUP = 40
+# float32 copies of a sequence's logits that are held at once while its divergence is differentiated
+_LOGITS = 6
 # bytes of a tensor's entry in the header of a safetensors file
 _HEADER = 160
 
@@ -187,7 +192,30 @@ def hessian_memory(structure: Structure, config: MCMoEConfig, dtype: torch.dtype
             f"{held / 1e9:.2f} GB while it is rounded, embeddings {rest / 1e9:.2f} GB and what is beside them "
             f"{OVERHEAD / 1e9:.2f} GB, together {need / 1e9:.2f} GB; raise max_memory."
         )
+    tuning = tuning_memory(structure, config, dtype)
+    if tuning > config.max_memory_bytes:
+        raise ValueError(
+            f"max_memory={config.max_memory!r} is too little for tuning_steps={config.tuning_steps}: the packed model, its "
+            f"grids and the logits of {config.seq_len} tokens take {tuning / 1e9:.2f} GB; raise max_memory, lower "
+            "seq_len, or leave tuning_steps out."
+        )
     return least + config.max_memory_bytes - need
+
+
+def tuning_memory(structure: Structure, config: MCMoEConfig, dtype: torch.dtype) -> int:
+    """Bytes that tuning takes: the whole packed model, its grids in training, and a sequence's logits; 0 without."""
+    head = structure.model.get_output_embeddings()
+    if not config.tuning_steps or head is None:
+        return 0
+    widths = {path: ExpertWidths.of([1] * e.num_experts) for path, e in structure.experts.items()}
+    matrices = structure.matrices(Plan(widths, structure.linears))
+    weights = sum(matrix.weights for matrix in matrices)
+    shapes = [packed_shape(m.out_features, m.in_features, m.bits, config.group_size) for m in matrices]
+    groups = sum(rows * count for rows, count, _ in shapes)
+    parameters, _ = structure.parameters()
+    packed = int(weights * config.bits / 8) + GRID_BYTES * groups
+    logits = _LOGITS * 4 * config.seq_len * head.weight.shape[0]
+    return packed + _TUNED_GROUP * groups + (parameters - weights) * dtype.itemsize + logits + OVERHEAD
 
 
 def memory_parts(structure: Structure, dtype: torch.dtype) -> tuple[int, int, int]:

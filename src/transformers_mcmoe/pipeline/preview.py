@@ -24,7 +24,15 @@ from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.pipeline import measuring
 from transformers_mcmoe.pipeline.allocating import MEASURED
-from transformers_mcmoe.pipeline.prepare import OVERHEAD, budgets_of, disk_need, hessian_memory, memory_parts, sized
+from transformers_mcmoe.pipeline.prepare import (
+    OVERHEAD,
+    budgets_of,
+    disk_need,
+    hessian_memory,
+    memory_parts,
+    sized,
+    tuning_memory,
+)
 from transformers_mcmoe.pipeline.rounding import ROWS, grid_of
 from transformers_mcmoe.plan import ExpertWidths, Plan, average_bits, bits_per_weight
 from transformers_mcmoe.quantization import Factor, dequantize, gptq, group_size_for, pack, quantize
@@ -108,7 +116,7 @@ def preview(model: Any, config: MCMoEConfig, *, dtype: torch.dtype) -> Preview:
         quantized_weights=weights,
         total_bytes=packed + dtype.itemsize * (parameters - weights),
         dense_bytes=2 * weights + dtype.itemsize * (parameters - weights),
-        memory_bytes=held + rest + OVERHEAD,
+        memory_bytes=max(held + rest + OVERHEAD, tuning_memory(structure, config, dtype)),
         disk_bytes=disk_need(structure, config, tokens, dtype),
         seconds=_Clock(structure, config, dtype).seconds(),
     )
