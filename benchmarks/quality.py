@@ -67,6 +67,7 @@ ROWS: dict[str, dict[str, Any]] = {
 def measure(options: argparse.Namespace, name: str, bits: float, dense: Any, test: torch.Tensor) -> dict[str, Any]:
     """Compress, evaluate, and return the row."""
     from transformers_mcmoe import MCMoEConfig, compression_report
+    from transformers_mcmoe.config import PRESETS
     from transformers_mcmoe.evaluation import evaluate
     from transformers_mcmoe.memory import PeakMemory, anonymous_memory
 
@@ -80,6 +81,8 @@ def measure(options: argparse.Namespace, name: str, bits: float, dense: Any, tes
     if options.layers:
         last = AutoConfig.from_pretrained(options.model).num_hidden_layers
         common["modules_to_not_convert"] = [f"model.layers.{i}" for i in range(options.layers, last)]
+    # a preset may say how many sequences are read
+    common = {key: value for key, value in common.items() if key not in PRESETS.get(ROWS[name].get("preset"), {})}
     config = MCMoEConfig(bits, **common, group_size=options.group_size, seed=options.seed, **ROWS[name])
     started, before = time.monotonic(), anonymous_memory()
     with PeakMemory() as peak, as_released() if ROWS[name] is OPTIONS else nullcontext():

@@ -20,6 +20,9 @@ OURS = ("default", "preset best", "preset fast", "preset paper", "uniform")
 # rows of a series share a line in the figure
 SERIES = {"K-quants": "llama.cpp Q", "I-quants": "llama.cpp IQ", "AutoRound": "AutoRound", "GPTQModel": "GPTQModel", "HQQ": "HQQ"}  # fmt: skip
 
+# a model above these is lost; the figure leaves it out
+LOST = {"perplexity": 250.0, "kl": 2.0}
+
 Row = dict[str, Any]
 # of a dense model on a text: name, its perplexity there, text, number of layers that are quantized (0: all)
 Setting = tuple[str, float, str, int]
@@ -35,12 +38,12 @@ def write_page() -> None:
     parts = [HEAD.read_text(encoding="utf-8")]
     for own in latest:
         here = [row for key, row in newest.items() if key[0] == own]
-        compared = [row for row in here if "peer" in row or series_of(row)]
-        if any("peer" in row for row in compared):
+        compared = [row for row in here if "bits_per_weight" in row and series_of(row)]
+        if {"peer" in row for row in compared} == {True, False}:
             parts += _against_others(own, compared)
         budgets: dict[float, list[Row]] = {}
         for row in here:
-            if "peer" not in row:
+            if row["bits"] is not None:
                 budgets.setdefault(row["bits"], []).append(row)
         for bits in sorted(budgets, reverse=True):
             parts += _budget(own, bits, budgets[bits])
@@ -55,7 +58,7 @@ def setting(row: Row) -> Setting:
 def series_of(row: Row) -> str | None:
     """The line of the figure that a row belongs to, None if to none."""
     name = row["row"]
-    if "peer" in row:
+    if "peer" in row or name.startswith(tuple(SERIES.values())):
         return next((label for label, start in SERIES.items() if name.startswith(start)), name)
     if name in OURS:
         return f"ours, {name}"
@@ -70,11 +73,7 @@ def _title(own: Setting) -> str:
 
 def _protocol(first: Row) -> str:
     protocol = first["protocol"]
-    text = (
-        f"Calibration: {first['calibration_tokens']:,} tokens of {first['calibration']}. "
-        if "calibration_tokens" in first
-        else ""
-    )
+    text = f"Calibration text: {first['calibration']}. " if "calibration_tokens" in first else ""
     return text + (
         f"Measured: {protocol['windows']} windows of {protocol['context']} tokens spread over the text, {first['tokens']:,} predictions, fp32, "
         f"on {first['cpus']} CPU cores. ± is a standard error over windows.\n"
@@ -90,10 +89,10 @@ def _against_others(own: Setting, rows: list[Row]) -> list[str]:
         f"## {_title(own)}: by true bits per weight\n",
         _protocol(next((row for row in rows if "calibration_tokens" in row), rows[0])),
         f"![Perplexity and KL divergence against bits per weight]({figure})\n",
-        "| bits per weight | row | perplexity | KL | top-1 | seconds | memory |",
-        "|---|---|---|---|---|---|---|",
+        "| bits per weight | row | calibration tokens | perplexity | KL | top-1 | seconds | memory |",
+        "|---|---|---|---|---|---|---|---|",
         *(
-            f"| {row['bits_per_weight']:.3f} | {_named(row)} | {row['perplexity']:.2f} | {row['kl']:.4f} ± {row['kl_se']:.4f} | "
+            f"| {row['bits_per_weight']:.3f} | {_named(row)} | {_tokens(row)} | {row['perplexity']:.2f} | {row['kl']:.4f} ± {row['kl_se']:.4f} | "
             f"{100 * row['top1']:.1f} % | {_seconds(row)} | {_memory(row)} |"
             for row in rows
         ),
@@ -107,6 +106,14 @@ def _named(row: Row) -> str:
 
 def _groups(row: Row) -> str:
     return f", groups of {row['group_size']}" if row["group_size"] != 128 else ""
+
+
+def _number(row: Row, name: str) -> str:
+    return f"{row[name]:.3f}" if name in row else ""
+
+
+def _tokens(row: Row) -> str:
+    return f"{row['calibration_tokens']:,}" if "calibration_tokens" in row else ""
 
 
 def _seconds(row: Row) -> str:
@@ -123,11 +130,11 @@ def _budget(own: Setting, bits: float, rows: list[Row]) -> list[str]:
     return [
         f"## {_title(own)}: {bits:.4g} average bits\n",
         _protocol(rows[0]),
-        "| row | average bits | bits per weight | perplexity | dNLL | KL | top-1 | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| row | average bits | bits per weight | calibration tokens | perplexity | dNLL | KL | top-1 | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
         *(
-            f"| {row['row']}{_groups(row)} | {row['average_bits']:.3f} | "
-            f"{row['bits_per_weight']:.3f} | {row['perplexity']:.2f} | {row['dnll']:.3f} ± {row['dnll_se']:.3f} | "
+            f"| {row['row']}{_groups(row)} | {_number(row, 'average_bits')} | {_number(row, 'bits_per_weight')} | {_tokens(row)} | "
+            f"{row['perplexity']:.2f} | {row['dnll']:.3f} ± {row['dnll_se']:.3f} | "
             f"{row['kl']:.4f} ± {row['kl_se']:.4f} | {100 * row['top1']:.1f} % | {_seconds(row)} |"
             for row in rows
         ),
@@ -164,6 +171,7 @@ def draw(rows: list[Row], path: Path) -> None:
         axis.set_xlabel("bits per quantized weight, scales and zeros included")
         axis.set_ylabel(label)
         axis.set_yscale("log")
+        axis.set_ylim(top=LOST[key])
         axis.grid(alpha=0.3, which="both")
     axes[0].axhline(rows[0]["reference_perplexity"], color="black", linewidth=0.8, linestyle=":", label="dense")
     axes[0].legend(fontsize=8)
