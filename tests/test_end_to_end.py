@@ -110,8 +110,14 @@ def test_bfloat16(family, tmp_path):
     assert torch.equal(reloaded(ids).logits, logits)
     exact = load_class(tmp_path / "packed").from_pretrained(tmp_path / "packed", dtype=torch.float32)(ids).logits
     dequantized = reloaded.dequantize()(ids).logits
-    # rounding can turn a token's routing in either; the packed model rounds less, as its weights stay in fp32
-    assert relative_rms(logits, exact) <= max(1.2 * relative_rms(dequantized, exact), 1.5e-2)
+    # rounding can turn a token's routing in either, so two of 48 may differ; the packed model rounds less, as its weights stay in fp32
+    ours, theirs = (_errors(found, exact)[:-2].max() for found in (logits, dequantized))
+    assert ours <= 1.2 * theirs < 1.2e-2
+
+
+def _errors(found, exact):
+    """Relative errors of all tokens, ascending."""
+    return ((found.float() - exact).norm(dim=-1) / exact.norm(dim=-1)).flatten().sort().values
 
 
 @torch.no_grad()
