@@ -17,6 +17,8 @@ HEAD = Path(__file__).parent / "quality_head.md"
 
 # rows that stand for a way to use this library; they are compared with other tools
 OURS = ("default", "preset best", "preset fast", "preset paper", "uniform")
+# what rows were called before
+RENAMED = {"paper preset": "preset paper"}
 # rows of a series share a line in the figure
 SERIES = {"K-quants": "llama.cpp Q", "I-quants": "llama.cpp IQ", "AutoRound": "AutoRound", "GPTQModel": "GPTQModel", "HQQ": "HQQ"}  # fmt: skip
 
@@ -31,6 +33,8 @@ Setting = tuple[str, float, str, int]
 def write_page() -> None:
     """Write the page and its figures; of rows of one name the newest counts."""
     rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        row["row"] = RENAMED.get(row["row"], row["row"])
     newest = {
         (setting(row), row["bits"] or row["bits_per_weight"], row["row"], row["group_size"]): row for row in rows
     }
@@ -130,12 +134,12 @@ def _budget(own: Setting, bits: float, rows: list[Row]) -> list[str]:
     return [
         f"## {_title(own)}: {bits:.4g} average bits\n",
         _protocol(rows[0]),
-        "| row | average bits | bits per weight | calibration tokens | perplexity | dNLL | KL | top-1 | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| row | average bits | bits per weight | calibration tokens | perplexity | dNLL | KL | top-1 | seconds | memory |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *(
             f"| {row['row']}{_groups(row)} | {_number(row, 'average_bits')} | {_number(row, 'bits_per_weight')} | {_tokens(row)} | "
             f"{row['perplexity']:.2f} | {row['dnll']:.3f} ± {row['dnll_se']:.3f} | "
-            f"{row['kl']:.4f} ± {row['kl_se']:.4f} | {100 * row['top1']:.1f} % | {_seconds(row)} |"
+            f"{row['kl']:.4f} ± {row['kl_se']:.4f} | {100 * row['top1']:.1f} % | {_seconds(row)} | {_memory(row)} |"
             for row in rows
         ),
         "",
