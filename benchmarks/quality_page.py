@@ -11,12 +11,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pages import replace_part
+
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 PAGE = Path(__file__).parent.parent / "docs" / "quality.md"
 HEAD = Path(__file__).parent / "quality_head.md"
 
 # rows that stand for a way to use this library; they are compared with other tools
 OURS = ("default", "preset best", "preset fast", "preset paper", "uniform")
+# average bits of the presets' table
+PRESETS_AT = 2.54
 # what rows were called before
 RENAMED = {"paper preset": "preset paper"}
 # rows of a series share a line in the figure
@@ -52,6 +56,27 @@ def write_page() -> None:
         for bits in sorted(budgets, reverse=True):
             parts += _budget(own, bits, budgets[bits])
     PAGE.write_text("\n".join(parts), encoding="utf-8")
+    replace_part("settings.md", "presets", _presets(list(newest.values())))
+
+
+def _presets(rows: list[Row]) -> list[str]:
+    """What presets take and give at one budget, on the newest build of each model."""
+    lines = [
+        f"At {PRESETS_AT} bits (protocols: [quality.md](quality.md)):\n",
+        "| model | preset | calibration tokens | perplexity (dense) | KL | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model, test in dict.fromkeys((row["model"], row["test"]) for row in rows):
+        own = [r for r in rows if (r["model"], r["test"], r["bits"], r["layers"]) == (model, test, PRESETS_AT, 0)]
+        own = [row for row in own if row["row"] in OURS and row["group_size"] == 128 and "seconds" in row]
+        build = own and setting(own[-1])
+        lines += [
+            f"| {model}, {test} | {row['row'].removeprefix('preset ')} | {_tokens(row)} | {row['perplexity']:.2f} "
+            f"({row['reference_perplexity']:.2f}) | {row['kl']:.4f} ± {row['kl_se']:.4f} | {_seconds(row)} |"
+            for row in sorted(own, key=lambda row: row["kl"])
+            if setting(row) == build
+        ]
+    return lines
 
 
 def setting(row: Row) -> Setting:
