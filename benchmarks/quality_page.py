@@ -39,9 +39,7 @@ def write_page() -> None:
     rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
     for row in rows:
         row["row"] = RENAMED.get(row["row"], row["row"])
-    newest = {
-        (setting(row), row["bits"] or row["bits_per_weight"], row["row"], row["group_size"]): row for row in rows
-    }
+    newest = {(setting(row), *_told_apart(row)): row for row in rows}
     latest = list(dict.fromkeys(setting(row) for row in reversed(rows)))
     parts = [HEAD.read_text(encoding="utf-8")]
     for own in latest:
@@ -77,6 +75,11 @@ def _presets(rows: list[Row]) -> list[str]:
             if setting(row) == build
         ]
     return lines
+
+
+def _told_apart(row: Row) -> tuple[Any, ...]:
+    """What rows of one setting differ by."""
+    return row["bits"] or row["bits_per_weight"], row["row"], row["group_size"], row.get("calibration_tokens")
 
 
 def setting(row: Row) -> Setting:

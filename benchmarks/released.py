@@ -15,23 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transformers_mcmoe.config import PRESETS
 from transformers_mcmoe.pipeline import rounding
 from transformers_mcmoe.quantization import Factor, Quantized
 from transformers_mcmoe.quantization.grid import fit, nearest, to_fp16
 
-# what their command line sets; the exponent 1 of eps is what their program computes
-OPTIONS: dict[str, Any] = {
-    "budget": "layer",
-    "expert_bits": (1, 2, 3),
-    "alpha": 1.0,
-    "beta": 1.5,
-    "gamma": 1.0,
-    "at_least": {3: 1, 2: 1},
-    "eps": "nearest",
-    "sequential": False,
-    "sweeps": 0,
-    "act_order": False,
-}
+# the paper's settings, but for what their code computes: eps has the exponent 1, and columns keep their order
+OPTIONS: dict[str, Any] = PRESETS["paper"] | {"gamma": 1.0, "act_order": False}
 RANGES = torch.cat((torch.linspace(1.0, 1.1, 51), torch.linspace(1.0, 0.9, 51)[1:])).tolist()
 NORM = 2.4
 

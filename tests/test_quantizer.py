@@ -474,7 +474,7 @@ def test_too_little_max_memory(dense):
 
 
 def test_max_memory_counts_the_tuning(dense):
-    # 6 float32 copies of the logits of 300,000 tokens over 128 words or more
+    # float32 copies of the logits of 300,000 tokens over 128 words or more
     config = quick_config(max_memory="800MB", tuning_steps=2, dataset=tokens(2, 64))
     compressed(dense, config)
     config = quick_config(max_memory="800MB", tuning_steps=2, seq_len=300_000)

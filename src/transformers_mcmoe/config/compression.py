@@ -339,7 +339,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         if isinstance(self.dataset, Path) or (isinstance(self.dataset, str) and is_file(self.dataset)):
             data["dataset"] = Path(self.dataset).name
         if is_mixture(self.dataset):
-            data["dataset"] = {Path(n).name if is_file(n) else n: share for n, share in self.dataset.items()}
+            data["dataset"] = {Path(n).name if is_file(n) else str(n): share for n, share in self.dataset.items()}
         return data
 
     def get_loading_attributes(self) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from transformers_mcmoe.quantization import dequantize
 SHARE, LEAST_TOKENS = 4, 8192
 # batches of tokens that a layer is run on with one of its linear layers rounded
 LINEAR_BATCHES = 1
-# a width is not measured beside both of its neighbours: its error is their geometric mean within 5 % (docs/quantization.md)
+# a width is not measured beside both of its neighbours: its error is about their geometric mean (docs/quantization.md)
 BETWEEN = {3: (2, 4)}
 
 

@@ -35,7 +35,7 @@ _LEAST_HESSIANS = 128 << 20
 # bytes that a group's scale and zero take while they are trained: values, factors, gradients, two moments each
 _TUNED_GROUP = 40
 # float32 copies of a sequence's logits that are held at once while its divergence is differentiated
-_LOGITS = 6
+_LOGITS = 10
 # bytes of a tensor's entry in the header of a safetensors file
 _HEADER = 160
 
