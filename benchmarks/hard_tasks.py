@@ -2,8 +2,8 @@
 """Tasks on which perplexity is blind: items that the dense model gets right, and how many of them others still do.
 
 Items are made from a local text by a seed: the true continuation among others from elsewhere in the text (`choice`), the last
-word of a passage (`cloze`), a list of words that is repeated (`copy`), sums of two digits behind examples (`arithmetic`), a number
-hidden in a long text (`needle`). All but `choice` are right if every token of the answer is the likeliest. Items that the
+word of a passage (`cloze`), a list of words that is repeated (`copy`), the next number of an arithmetic progression
+(`arithmetic`), a number hidden in a long text (`needle`). All but `choice` are right if every token of the answer is the likeliest. Items that the
 dense model gets wrong are dropped. Rows go to results/hard_tasks.jsonl; `--docs` writes
 docs/hard_tasks.md from all rows there are.
 """
@@ -81,15 +81,15 @@ class Maker:
                 return Item(piece[:CONTEXT], [piece[CONTEXT:end]])
 
     def copy(self) -> Item:
-        words = self._random.sample(self._words, 16)
-        shown = self._encode(f"{' '.join(words)}.\n{' '.join(words[:4])}")
-        return Item(shown, [self._encode(" " + " ".join(words[4:]))])
+        words = self._random.sample(self._words, 8)
+        listed = " ".join(words)
+        shown = self._encode(f"{listed}.\n{listed}.\n{' '.join(words[:2])}")
+        return Item(shown, [self._encode(" " + " ".join(words[2:]))])
 
     def arithmetic(self) -> Item:
-        sums = [(self._random.randrange(1, 10), self._random.randrange(1, 10)) for _ in range(9)]
-        lines = [f"{a} + {b} = {a + b}" for a, b in sums]
-        prompt, _, answer = "\n".join(lines).rpartition(" ")
-        return Item(self._encode(prompt + " "), [self._encode(answer)])
+        start, step = self._random.randrange(1, 30), self._random.randrange(2, 13)
+        *shown, last = range(start, start + 8 * step, step)
+        return Item(self._encode(", ".join(map(str, shown)) + ","), [self._encode(f" {last},")])
 
     def needle(self) -> Item:
         number = self._random.randrange(1000, 10000)
@@ -197,8 +197,8 @@ HEAD = """# Hard tasks, measured
 Written by `python benchmarks/hard_tasks.py --docs` from `benchmarks/results/hard_tasks.jsonl`. Items are made from text that
 calibration never saw, and only those count that the dense model solves, so that it has 100 % everywhere; in brackets, how many they are. `choice`: the true
 continuation of 12 tokens among three others, by likelihood. The others are right if every token of the answer is the likeliest: `cloze`, the
-next word of a passage; `copy`, 12 words of a list shown before; `arithmetic`, the sum of two digits after eight examples; `needle`, a number of four
-digits hidden in 700 tokens. A share of n items has a standard error of sqrt(p (1 - p) / n).
+next word of a passage; `copy`, the last six words of a list of eight that was shown twice; `arithmetic`, the next number of a progression after seven; `needle`,
+a number of four digits hidden in 700 tokens. A share of n items has a standard error of sqrt(p (1 - p) / n).
 """
 
 if __name__ == "__main__":
