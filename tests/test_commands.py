@@ -19,7 +19,14 @@ import yaml
 from tiny import compressed, load_class, quick_config, save_dense, save_text, save_tokenizer, tokens
 from typer.testing import CliRunner
 
-from transformers_mcmoe import MCMoEConfig, ODPConfig, OTPConfig, compression_report, set_expert_pruning
+from transformers_mcmoe import (
+    MCMoEConfig,
+    ODPConfig,
+    OTPConfig,
+    PruneConfig,
+    compression_report,
+    set_expert_pruning,
+)
 from transformers_mcmoe.cli import app
 from transformers_mcmoe.cli.options import PANELS, config_of
 from transformers_mcmoe.evaluation import load_record
@@ -53,7 +60,7 @@ def _params(*words):
 def test_every_argument_of_the_config_is_an_option():
     arguments = set(inspect.signature(MCMoEConfig).parameters) - {"progress", "reserved"}
     options = {name for names in PANELS.values() for name in names}
-    assert options - arguments == {"odp_rate", "odp_options", "otp_options"}
+    assert options - arguments == {"prune_options", "odp_rate", "odp_options", "otp_options"}
     assert arguments <= options
     params = _params("compress", "model", "--output", "out")
     config = config_of({name: params[name] for name in options})
@@ -71,6 +78,8 @@ def test_every_argument_of_the_config_is_an_option():
         MCMoEConfig(2.0, at_least={3: 1, 2: 2}, dataset={"path": "org/texts", "field": "it's"}, attention_bits=16),
         MCMoEConfig(odp=ODPConfig(rate=0.2, protect=0.05), rounding="nearest"),
         MCMoEConfig(otp=OTPConfig(target=0.3, steps=5)),
+        MCMoEConfig(prune=0.25),
+        MCMoEConfig(prune=PruneConfig(0.4, method="reap", tokens=512)),
         MCMoEConfig(odp=True),
         MCMoEConfig(otp=True),
     ],

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from transformers_mcmoe import MCMoEConfig, Plan
-from transformers_mcmoe.config import RESERVED, ODPConfig, OTPConfig
+from transformers_mcmoe.config import RESERVED, ODPConfig, OTPConfig, PruneConfig
 from transformers_mcmoe.plan import ExpertWidths
 
 PLAN = Plan({"model.layers.0.mlp.experts": ExpertWidths((1, 2), (1, 3))}, {"model.layers.0.self_attn.q_proj": 4})
@@ -49,6 +49,7 @@ OPTIONS: dict[str, Any] = {
     "modules_to_not_convert": ["model.layers.0"],
     "seed": 5,
     "plan": PLAN,
+    "prune": PruneConfig(0.3, method="reap"),
     "odp": ODPConfig(rate=0.2),
     "otp": OTPConfig(target=0.3, on=False),
 }
@@ -90,6 +91,7 @@ def test_defaults():
         "modules_to_not_convert": [],
         "seed": 0,
         "plan": None,
+        "prune": None,
         "odp": None,
         "otp": None,
     }
@@ -337,7 +339,7 @@ def test_options_of_later_releases(name: str):
 
 
 def test_reserved_names():
-    assert set(RESERVED) == {"prune", "rank"}
+    assert set(RESERVED) == {"rank"}
 
 
 def test_unknown_option():
@@ -372,8 +374,36 @@ def test_from_dict_refuses_newer_formats():
 def test_from_dict_validates():
     with pytest.raises(ValueError, match="bits=99 is not valid"):
         MCMoEConfig.from_dict({"quant_method": "mcmoe", "average_bits": 99})
-    with pytest.raises(NotImplementedError, match="prune="):
+    with pytest.raises(NotImplementedError, match="rank="):
+        MCMoEConfig.from_dict({"quant_method": "mcmoe", "rank": 64})
+    with pytest.raises(ValueError, match="PruneConfig has no option 'rate'"):
         MCMoEConfig.from_dict({"quant_method": "mcmoe", "prune": {"rate": 0.5}})
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        (1.0, r"prune=1\.0 is not valid: it must be a share in \(0, 1\)"),
+        (0, r"prune=0 is not valid"),
+        ("half", r"prune='half' is not valid: it must be True, False or a PruneConfig"),
+        ({"method": "best"}, r"method='best' is not valid: it must be one of \('moe_i2'"),
+        ({"importance": "global"}, r"importance='global' is not valid"),
+        ({"importance": "loss", "method": "reap"}, r"importance='loss' is not valid: it must be 'local' with another"),
+        ({"candidates": 0}, r"candidates=0 is not valid: it must be an integer >= 1"),
+        ({"population": 3}, r"population=3 is not valid"),
+        ({"tokens": 1.5}, r"tokens=1\.5 is not valid"),
+    ],
+)
+def test_prune_options(prune, message):
+    with pytest.raises(ValueError, match=message):
+        MCMoEConfig(prune=prune)
+
+
+def test_prune_shorthand():
+    assert MCMoEConfig(prune=0.4).prune == PruneConfig(0.4)
+    assert MCMoEConfig(prune=True).prune == PruneConfig()
+    assert MCMoEConfig(prune={"ratio": 0.4, "method": "naee"}).prune == PruneConfig(0.4, "naee")
+    assert MCMoEConfig(prune=False).prune is None
 
 
 def test_from_dict_returns_unused_kwargs():

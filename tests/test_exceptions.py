@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from transformers_mcmoe import PackedExperts, PackedLinear, Plan, compression_report
+from transformers_mcmoe.models.routers import SlicedRouter
 from transformers_mcmoe.plan import ExpertWidths
 
 IDS = tokens(2, 16, seed=1)
@@ -136,7 +137,8 @@ def test_remote_code(remote, tmp_path, dropped):
     assert not any(isinstance(module, PackedExperts) for module in model.modules())
     expert = model.layers[0].mlp.experts[1]
     assert all(isinstance(linear, PackedLinear) for linear in (expert.w1, expert.w2, expert.w3))
-    assert type(model.layers[0].mlp.gate) is torch.nn.Linear
+    assert isinstance(model.layers[0].mlp.gate, torch.nn.Linear)
+    assert isinstance(model.layers[0].mlp.gate, SlicedRouter) == dropped
     logits = model(IDS).logits
     model.save_pretrained(tmp_path / "packed")
     names = set(load_file(tmp_path / "packed" / "model.safetensors"))

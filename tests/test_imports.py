@@ -68,12 +68,14 @@ def test_public_names():
         "PackedExperts",
         "PackedLinear",
         "Plan",
+        "PruneConfig",
         "__version__",
         "backend_info",
         "compression_report",
         "expert_pruning_stats",
         "set_expert_pruning",
         "train_expert_pruning",
+        "unpack",
     ]
     assert all(hasattr(transformers_mcmoe, name) for name in transformers_mcmoe.__all__)
 

@@ -5,7 +5,8 @@ Importing this package registers the quantization method "mcmoe" with transforme
 (`quantization_config=MCMoEConfig(...)`) and loads packed checkpoints.
 """
 
-from transformers_mcmoe.config import MCMoEConfig, ODPConfig, OTPConfig
+from transformers_mcmoe.config import MCMoEConfig, ODPConfig, OTPConfig, PruneConfig
+from transformers_mcmoe.integrations.exports import unpack
 from transformers_mcmoe.kernels import backend_info
 from transformers_mcmoe.nn import PackedExperts, PackedLinear
 from transformers_mcmoe.plan import Plan
@@ -22,10 +23,12 @@ __all__ = [
     "PackedExperts",
     "PackedLinear",
     "Plan",
+    "PruneConfig",
     "__version__",
     "backend_info",
     "compression_report",
     "expert_pruning_stats",
     "set_expert_pruning",
     "train_expert_pruning",
+    "unpack",
 ]

@@ -32,6 +32,11 @@ class ExpertWidths:
         widths = tuple(int(width) for width in widths)
         return cls(widths, widths)
 
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The experts that were not dropped."""
+        return tuple(expert for expert, bits in enumerate(self.gate_up) if bits)
+
     def of_role(self, role: str) -> tuple[int, ...]:
         """Widths of the projections of a role, "gate_up" or "down"."""
         return self.down if role == "down" else self.gate_up

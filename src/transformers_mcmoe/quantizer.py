@@ -103,6 +103,7 @@ class MCMoEHfQuantizer(HfQuantizer):
         self._dense = [path for path in structure.experts if path not in plan.experts]
         structure.experts = self._packed
         structure.check(plan)
+        structure.follow(plan)
         replace_modules(model, structure, plan, self.quantization_config.group_size)
         otp = self.quantization_config.otp
         if isinstance(otp, OTPConfig) and otp.trained:

@@ -19,7 +19,12 @@ class LayerSize:
 
 
 def expert_budgets(
-    average: float, layers: Sequence[LayerSize], widths: Sequence[int], fixed_weights: int, fixed_bits: int
+    average: float,
+    layers: Sequence[LayerSize],
+    widths: Sequence[int],
+    fixed_weights: int,
+    fixed_bits: int,
+    dropped_weights: int = 0,
 ) -> list[int]:
     """Sum of expert widths that each layer may take (an expert at 3 bits takes 3).
 
@@ -27,22 +32,24 @@ def expert_budgets(
     are carried on, so that the whole model meets the average and two layers differ by one bit of one expert at most.
 
     Args:
-        average: bits per weight over experts and linear layers.
-        layers: the experts modules, in order.
+        average: bits per weight over experts, dropped ones too, and linear layers.
+        layers: the experts modules, in order, with the experts that were not dropped.
         widths: candidate widths, ascending.
         fixed_weights: weights of the quantized linear layers.
         fixed_bits: their bits in total.
+        dropped_weights: weights of dropped experts, which take no bits.
 
     Raises:
         ValueError: the average cannot be reached; the message states the feasible range.
     """
     weights = sum(layer.num_experts * layer.expert_weights for layer in layers)
-    total = weights + fixed_weights
+    total = weights + fixed_weights + dropped_weights
     low, high = ((width * weights + fixed_bits) / total for width in (widths[0], widths[-1]))
     if not low - ROUNDING <= average <= high + ROUNDING:
         raise ValueError(
             f"bits={average} cannot be met: with expert_bits={tuple(widths)} and the widths of attention and shared "
-            f"experts, the average of this model lies between {low:.2f} and {high:.2f}; choose bits in that range."
+            f"experts, the average of this model{_beside(dropped_weights)} lies between {low:.2f} and {high:.2f}; choose "
+            "bits in that range."
         )
     per_weight = (min(max(average, low), high) * total - fixed_bits) / weights
     budgets: list[int] = []
@@ -53,3 +60,7 @@ def expert_budgets(
         budgets.append(int(spare / layer.expert_weights + 1e-6))
         spare -= budgets[-1] * layer.expert_weights
     return budgets
+
+
+def _beside(dropped_weights: int) -> str:
+    return " without its dropped experts" if dropped_weights else ""

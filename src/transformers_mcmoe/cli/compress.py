@@ -96,9 +96,11 @@ def _sibling(output: Path, what: str) -> Path:
 
 def show_summary(report: dict[str, Any]) -> None:
     """Sizes and times of a compression."""
-    sizes = report["sizes"]
+    sizes, dropped = report["sizes"], report.get("dropped_experts")
+    lost = f"{dropped['count']} of {dropped['of']}, {size(dropped['dense_bytes'])} at 16 bits" if dropped else ""
     show_pairs(
         [
+            *([("dropped experts", lost)] if lost else []),
             ("average bits", f"{report['average_bits']:.4f}"),
             ("bits per weight", f"{report['bits_per_weight']:.4f} (scales and zeros included)"),
             ("size", f"{size(sizes['total_bytes'])}, dense {size(sizes['dense_bytes'])}"),

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from transformers_mcmoe.cli.command import Refused
-from transformers_mcmoe.config import MCMoEConfig, ODPConfig, OTPConfig
+from transformers_mcmoe.config import MCMoEConfig, ODPConfig, OTPConfig, PruneConfig
 
 PANELS = {
     "Sizes": (
@@ -54,6 +54,7 @@ PANELS = {
         "tuning_rate",
     ),
     "Calibration": ("dataset", "num_samples", "seq_len", "tokenizer", "seed"),
+    "Dropping experts": ("prune", "prune_options"),
     "Expert pruning at run time": ("odp", "odp_rate", "odp_options", "otp", "otp_options"),
     "This machine": ("device", "max_memory", "work_dir"),
 }
@@ -72,6 +73,8 @@ HELP = {
     "work_dir": "folder for intermediate files; default a hidden one beside the output.",
     "max_memory": "memory that compression may take, e.g. 12GB; checked against the estimate before it starts.",
     "plan": "JSON file with the width of every expert, used instead of the allocation.",
+    "prune": "share of all experts to drop for good, e.g. 0.25; --bits stays the average over all weights (docs/structure.md).",
+    "prune_options": 'further fields of PruneConfig as JSON, e.g. \'{"method": "reap"}\'. Implies --prune.',
     "odp": "skip experts by thresholds on routing weights (docs/pruning.md).",
     "odp_rate": "share of routed expert bytes to skip, e.g. 0.15; default the median rule. Implies --odp.",
     "odp_options": "further fields of ODPConfig as JSON, e.g. '{\"protect\": 0.05}'. Implies --odp.",
@@ -93,6 +96,8 @@ TYPES: dict[str, tuple[Any, Any]] = {
     "max_memory": (str | None, None),
     "device": (str | None, None),
     "plan": (Path | None, None),
+    "prune": (float | None, None),
+    "prune_options": (str | None, None),
     "odp": (bool, False),
     "odp_rate": (float | None, None),
     "odp_options": (str | None, None),
@@ -142,7 +147,7 @@ def config_of(options: Mapping[str, Any], **more: Any) -> MCMoEConfig:
         ValueError, NotImplementedError: see `MCMoEConfig`.
         Refused: an option cannot be read.
     """
-    given = {name: value for name, value in options.items() if not name.startswith(("odp", "otp"))}
+    given = {name: value for name, value in options.items() if not name.startswith(("odp", "otp", "prune"))}
     if options["dataset"] and options["dataset"].startswith("{"):
         given["dataset"] = _json("dataset", options["dataset"])
     given["expert_bits"] = [_integer("expert_bits", word) for word in options["expert_bits"].split(",")]
@@ -152,7 +157,16 @@ def config_of(options: Mapping[str, Any], **more: Any) -> MCMoEConfig:
     given["at_least"] = _at_least(options["at_least"])
     patterns = options["modules_to_not_convert"]
     given["modules_to_not_convert"] = patterns.split(",") if patterns else None
-    return MCMoEConfig(**{**given, "odp": _odp(options), "otp": _otp(options), **more})
+    pruning = {"prune": _prune(options), "odp": _odp(options), "otp": _otp(options)}
+    return MCMoEConfig(**{**given, **pruning, **more})
+
+
+def _prune(options: Mapping[str, Any]) -> PruneConfig | None:
+    fields = _json("prune_options", options["prune_options"])
+    if options["prune"] is not None:
+        fields["ratio"] = options["prune"]
+    asked = options["prune"] is not None or options["prune_options"] is not None
+    return _pruning(PruneConfig, "prune_options", fields) if asked else None
 
 
 def _odp(options: Mapping[str, Any]) -> ODPConfig | None:

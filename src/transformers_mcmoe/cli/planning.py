@@ -103,6 +103,7 @@ def _show(found: Preview, work_dir: Path | None) -> None:
                 "experts",
                 f"{found.experts} in {len(found.layers)} layers, {found.quantized_weights / 1e9:.3f} B weights quantized",
             ),
+            *([("dropped experts", f"{found.dropped} of {found.experts}")] if found.dropped else []),
             ("average bits", f"{found.average_bits:.4f}"),
             ("bits per weight", f"{found.bits_per_weight:.4f} (scales and zeros included)"),
             ("size", f"{size(found.total_bytes)}, dense {size(found.dense_bytes)}"),

@@ -7,6 +7,7 @@ Knows no model: what depends on shapes is checked by the pipeline.
 from transformers_mcmoe.config.compression import FORMAT_VERSION, QUANT_METHOD, MCMoEConfig
 from transformers_mcmoe.config.otp import TARGET, OTPConfig
 from transformers_mcmoe.config.pruning import ODPConfig
+from transformers_mcmoe.config.structure import PruneConfig
 from transformers_mcmoe.config.values import ALLOCATIONS, PRESETS, RESERVED, ROUNDINGS
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "MCMoEConfig",
     "ODPConfig",
     "OTPConfig",
+    "PruneConfig",
 ]

@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from transformers_mcmoe.config.otp import OTPConfig
 from transformers_mcmoe.config.pruning import ODPConfig
+from transformers_mcmoe.config.structure import PruneConfig
 from transformers_mcmoe.config.values import (
     ACTIVATIONS,
     ALLOCATIONS,
@@ -112,6 +113,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         max_memory: bytes (or "12GB") that compression may take; checked against the estimate before it starts.
         device: where layers are run; default "cpu".
         plan: a plan (dict, or path of a JSON file, also a packed model's config.json) that is used instead of the allocation; GPTQ still needs a dataset.
+        prune: drop experts for good, before the rest is quantized: their share of all experts, or a `PruneConfig`.
         odp: dynamic expert pruning at run time: True, or an `ODPConfig`. None keeps what a packed checkpoint was saved
             with, False switches it off.
         otp: learned expert pruning instead: True, or an `OTPConfig`; its routers are trained on the calibration data once the
@@ -163,6 +165,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         max_memory: int | str | None = None,
         device: str | torch.device | None = None,
         plan: Mapping[str, Any] | str | Path | Plan | None = None,
+        prune: float | PruneConfig | Mapping[str, Any] | None = None,
         odp: bool | ODPConfig | Mapping[str, Any] | None = None,
         otp: bool | OTPConfig | Mapping[str, Any] | None = None,
         progress: Callable[[Any], None] | None = None,
@@ -198,6 +201,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         self.max_memory = max_memory
         self.device = torch.device(device) if device is not None else None
         self.plan = read_plan(plan)
+        self.prune = PruneConfig.read(prune)
         self.odp = ODPConfig.read(odp) if odp is not False else False
         self.otp = OTPConfig.read(otp) if otp is not False else False
         # what a config given beside a packed checkpoint asks of its pruning
@@ -332,6 +336,7 @@ class MCMoEConfig(QuantizationConfigMixin):
             data[name] = list(value) if isinstance(value, tuple) else value
         data["at_least"] = {str(width): count for width, count in self.at_least.items()}
         data["plan"] = self.plan.to_dict() if self.plan is not None else None
+        data["prune"] = self.prune.to_dict() if self.prune is not None else None
         data["odp"] = self.odp.to_dict() if isinstance(self.odp, ODPConfig) else None
         data["otp"] = self.otp.to_dict() if isinstance(self.otp, OTPConfig) else None
         # texts and token ids given in memory are not stored, and of a file its name: folders are this machine's own

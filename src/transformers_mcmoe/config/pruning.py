@@ -154,8 +154,12 @@ def read_options(cls: type[Options], name: str, value: Any) -> Options | None:
                 f"{cls.__name__} has no option {unknown[0]!r}; see its docstring for the options there are."
             )
         return cls(**value)
-    check(isinstance(value, cls), name, value, f"True, False or an {cls.__name__}")
+    check(isinstance(value, cls), name, value, f"True, False or {_article(cls.__name__)}")
     return value  # type: ignore[no-any-return]
+
+
+def _article(name: str) -> str:
+    return f"an {name}" if name[0] in "AEIO" else f"a {name}"
 
 
 def is_number(value: Any) -> bool:

@@ -38,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 # options of later releases; accepted only as None or False
-RESERVED = ("prune", "rank")
+RESERVED = ("rank",)
 
 
 def is_file(name: str) -> bool:

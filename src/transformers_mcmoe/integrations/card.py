@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
 from jinja2 import Environment, StrictUndefined
 
-from transformers_mcmoe.config import MCMoEConfig, ODPConfig, OTPConfig
+from transformers_mcmoe.config import MCMoEConfig, ODPConfig, OTPConfig, PruneConfig
 from transformers_mcmoe.progress import size
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
@@ -24,7 +24,7 @@ TEMPLATE = Path(__file__).parent / "model_card.md"
 MARK = "<!-- made by transformers_mcmoe from measurements -->"
 FIGURES = "figures"
 # options that do not change what is computed, or that the command line has elsewhere
-_APART = ("average_bits", "quant_method", "format_version", "plan", "odp", "otp", "dataset", "preset")
+_APART = ("average_bits", "quant_method", "format_version", "plan", "prune", "odp", "otp", "dataset", "preset")
 
 
 def model_name(report: Mapping[str, Any]) -> str:
@@ -209,13 +209,13 @@ def command_line(report: Mapping[str, Any], model: str, output: str) -> str:
         if name not in _APART and name in defaults and value != defaults[name]:
             words += _words(name, value)
     words += _dataset(report)
-    for name, kind in (("odp", ODPConfig), ("otp", OTPConfig)):
+    for name, kind in (("prune", PruneConfig), ("odp", ODPConfig), ("otp", OTPConfig)):
         if config.get(name):
             plain = kind().to_dict()
             given = {
                 key: value for key, value in config[name].items() if value is not None and value != plain.get(key)
             }
-            words += [f"--{name}-options", json.dumps(given)] if given or name == "otp" else [f"--{name}"]
+            words += [f"--{name}-options", json.dumps(given)] if given or name != "odp" else [f"--{name}"]
     if report.get("plan_given"):
         words += ["--plan", "config.json"]
     if report.get("dtype"):

@@ -6,13 +6,14 @@ Knows a model and its names, not its weights' values.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
 from transformers_mcmoe.models.experts import Widths, find_experts, find_linears, layer_of, stacks_of
 from transformers_mcmoe.models.names import CheckpointNames
+from transformers_mcmoe.models.routers import Router
 from transformers_mcmoe.plan import Matrix, Plan
 
 
@@ -30,6 +31,7 @@ class Structure:
         linears: width by module path of linear layers outside the experts; the lowest where there is a choice.
         choices: the widths that a linear layer may take, by path of those that have a choice.
         names: checkpoint names.
+        kept: experts that were not dropped, by experts path; all where a path is missing.
 
     Raises:
         ValueError, NotImplementedError: see `find_experts`.
@@ -52,6 +54,27 @@ class Structure:
             if not isinstance(widths, int):
                 self.choices[path] = widths
         self.names = CheckpointNames(model)
+        self.kept: dict[str, tuple[int, ...]] = {}
+
+    def kept_of(self, path: str) -> tuple[int, ...]:
+        """The experts of a module that were not dropped."""
+        return self.kept.get(path, tuple(range(self.experts[path].num_experts)))
+
+    def keep(self, path: str, kept: Iterable[int]) -> None:
+        """Drop all other experts of a module: its router chooses among these from now on.
+
+        Raises:
+            NotImplementedError: the router cannot be sliced.
+            ValueError: groups of experts would differ in size.
+        """
+        self.kept[path] = tuple(sorted(kept))
+        Router(self.model, self.experts[path]).keep(self.kept[path])
+
+    def follow(self, plan: Plan) -> None:
+        """Drop the experts that a plan drops; errors as of `keep`."""
+        for path, widths in plan.experts.items():
+            if path in self.experts and not all(widths.gate_up):
+                self.keep(path, widths.kept)
 
     def expert_weights(self, path: str, role: str | None = None) -> int:
         """Weights of one expert of a module, or of its matrices of a role."""

@@ -2,10 +2,11 @@
 """compress(): the one ordered list of stages from a dense checkpoint to packed layer files.
 
 1. prepare: which matrices there are, whether the budget can be met, calibration tokens, the work folder (`prepare`)
-2. allocate: run the layers, measure routing and errors, choose a width per expert (`job`, `allocating`)
-3. quantize: round (`rounding`), pack and write (`writing`) every layer
+2. prune: drop experts, if the config asks for it (`dropping`)
+3. allocate: run the layers, measure routing and errors, choose a width per expert (`job`, `allocating`)
+4. quantize: round (`rounding`), pack and write (`writing`) every layer
 
-With a budget per layer, 2 and 3 happen layer by layer in one pass over the model; with one budget for the model 3 is
+With a budget per layer, 3 and 4 happen layer by layer in one pass over the model; with one budget for the model 4 is
 a second pass. Nothing here knows transformers' hooks (`quantizer`) or the modules that run packed weights (`nn`).
 """
 
@@ -28,6 +29,7 @@ from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.models.stream import Checkpoint, computing, open_runner
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.pipeline.allocating import LayerResult
+from transformers_mcmoe.pipeline.dropping import Dropped
 from transformers_mcmoe.pipeline.job import Job
 from transformers_mcmoe.pipeline.prepare import OVERHEAD, disk_need, fingerprint_of, hessian_memory, prepare, sized
 from transformers_mcmoe.plan import Matrix, Plan
@@ -59,6 +61,7 @@ class Compressed:
         tokens_sha256: of their ids, None if none.
         plan_given: whether the config brought the plan.
         teacher: what the dense model returned for the sequences to tune on, or None.
+        dropped: what was found about experts that are dropped, or None.
     """
 
     plan: Plan
@@ -72,6 +75,7 @@ class Compressed:
     tokens_sha256: str | None = None
     plan_given: bool = False
     teacher: Teacher | None = None
+    dropped: Dropped | None = None
 
 
 def compress(
@@ -104,6 +108,7 @@ def compress(
         tokens_sha256=None if calibration is None else fingerprint(calibration),
         plan_given=config.plan is not None,
         teacher=teacher,
+        dropped=job.dropped,
     )
 
 

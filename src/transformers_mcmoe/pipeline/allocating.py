@@ -31,7 +31,7 @@ class LayerResult:
     Attributes:
         routing: token counts and routing weights, None if no tokens were run.
         ratios: how much smaller than its largest a token's routing weights are.
-        errors: width -> eps of every expert.
+        errors: width -> eps of every expert, 0 for dropped ones.
         role_errors: role -> width -> eps of every expert when only its matrices of that role are rounded.
         hessian_errors: width -> sum of Tr(H) / tokens * |W' - W|^2 over the matrices of every expert.
         starved: experts that saw too few tokens to be measured on their own.
@@ -62,12 +62,12 @@ class Allocator:
     def layer(self, path: str, result: LayerResult) -> ExpertWidths:
         """Widths of one experts module under its own budget."""
         if self._config.allocation == "uniform":
-            count = self._structure.experts[path].num_experts
+            count = len(self._structure.kept_of(path))
             choice = uniform(count, self._config.expert_bits, self._budgets[path], self._random(path))
         else:
             budget = self._budgets[path] * self._structure.expert_weights(path)
             choice = solve(self._cost(path, result), self._price(path), budget, at_least=self._at_least())
-        return ExpertWidths.of(self._bits[choice])
+        return ExpertWidths.of(self._spread(path, self._bits[choice]))
 
     def model(
         self,
@@ -104,7 +104,8 @@ class Allocator:
         )
         widths = {kind: self._bits[choice[group == n]].tolist() for n, kind in enumerate(kinds)}
         experts = {
-            path: ExpertWidths(*(tuple(widths[path, role if roles else None]) for role in ROLES)) for path in results
+            path: ExpertWidths(*(self._spread(path, widths[path, role if roles else None]) for role in ROLES))
+            for path in results
         }
         chosen = {
             path: self._structure.choices[path][option]
@@ -126,28 +127,37 @@ class Allocator:
 
     def blocks(self, similarity: Mapping[str, float]) -> dict[str, ExpertWidths]:
         """One width per experts module by the block score, under one budget; see `layers_by_change`."""
-        counts = {path: self._structure.experts[path].num_experts for path in similarity}
+        counts = {path: len(self._structure.kept_of(path)) for path in similarity}
         sizes = {path: self._structure.expert_weights(path) * count for path, count in counts.items()}
         widths = layers_by_change(similarity, sizes, self._config.expert_bits, self._budget())
-        return {path: ExpertWidths.of([bits] * counts[path]) for path, bits in widths.items()}
+        return {path: ExpertWidths.of(self._spread(path, [bits] * counts[path])) for path, bits in widths.items()}
+
+    def _spread(self, path: str, widths: Iterable[int]) -> tuple[int, ...]:
+        """Widths of all experts of a module, 0 for dropped ones, from those of the kept ones."""
+        found = dict(zip(self._structure.kept_of(path), widths, strict=True))
+        return tuple(int(found.get(expert, 0)) for expert in range(self._structure.experts[path].num_experts))
 
     def _budget(self) -> int:
         """Bits of all experts together."""
         return sum(bits * self._structure.expert_weights(path) for path, bits in self._budgets.items())
 
     def _cost(self, path: str, result: LayerResult, scale: float = 1.0, role: str | None = None) -> np.ndarray:
-        """Cost [E, J] of every width for every expert of a module, or its matrices of a role; errors are multiplied by `scale`."""
+        """Cost [kept, J] of every width for every kept expert of a module, or its matrices of a role.
+
+        Errors are multiplied by `scale`.
+        """
         config = self._config
         errors = result.errors if role is None else result.role_errors[role]
         routing = result.routing or RoutingStatistics.zeros(self._structure.experts[path].num_experts)
         nothing = [0.0] * len(routing.tokens)
+        kept = list(self._structure.kept_of(path))
         # an expert without tokens is of little significance, not of none
         tokens, weight = routing.tokens.to(torch.float64).numpy(), routing.weight.numpy()
         statistics = ExpertStatistics(
-            np.maximum(tokens, 1.0),
-            np.where(tokens > 0, weight, weight.sum() / tokens.sum()),
-            np.asarray([errors.get(bits) or nothing for bits in config.expert_bits]).T * scale,
-            np.asarray([result.hessian_errors.get(bits) or nothing for bits in config.expert_bits]).T * scale**2,
+            np.maximum(tokens, 1.0)[kept],
+            np.where(tokens > 0, weight, weight.sum() / tokens.sum())[kept],
+            np.asarray([errors.get(bits) or nothing for bits in config.expert_bits]).T[kept] * scale,
+            np.asarray([result.hessian_errors.get(bits) or nothing for bits in config.expert_bits]).T[kept] * scale**2,
         )
         return SCORES[config.allocation](
             statistics,
@@ -159,10 +169,10 @@ class Allocator:
         )
 
     def _price(self, path: str, role: str | None = None) -> np.ndarray:
-        """Bits [E, J] of every width for every expert of a module, or its matrices of a role."""
+        """Bits [kept, J] of every width for every kept expert of a module, or its matrices of a role."""
         widths = self._bits.astype(np.float64)
         weights = self._structure.expert_weights(path, role)
-        return np.tile(widths * weights, (self._structure.experts[path].num_experts, 1))
+        return np.tile(widths * weights, (len(self._structure.kept_of(path)), 1))
 
     def _at_least(self) -> dict[int, int] | None:
         return {self._config.expert_bits.index(bits): n for bits, n in self._config.at_least.items()} or None

@@ -20,7 +20,9 @@ from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.models.stream import LayerRunner
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.pipeline.allocating import MEASURED, Allocator
+from transformers_mcmoe.pipeline.dropping import Dropped, Dropper
 from transformers_mcmoe.pipeline.measuring import Measurer
+from transformers_mcmoe.pipeline.prepare import budgets_of
 from transformers_mcmoe.pipeline.rounding import ExpertRounder, Packed, Widths
 from transformers_mcmoe.pipeline.watching import Watcher
 from transformers_mcmoe.pipeline.writing import Writer
@@ -48,6 +50,7 @@ class Job:
         fallbacks: what was done otherwise than usual, and why.
         seconds: time per stage.
         writer: the names that packed tensors got.
+        dropped: what was found about experts that are dropped, None if none were to be.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Job:
         self._measurer = Measurer(self._watcher, meter)
         self.layers, self.fallbacks = self._watcher.layers, self._watcher.fallbacks
         self.seconds: dict[str, float] = {}
+        self.dropped: Dropped | None = None
         self.writer = Writer(structure, runner.weights.targets)
 
     def teach(self, path: Path) -> Teacher | None:
@@ -83,6 +87,7 @@ class Job:
     def run(self) -> tuple[Plan, list[Path]]:
         """All stages; returns the plan and the packed files."""
         config, plan = self._config, self._config.plan
+        self._drop()
         if plan is not None:
             plan = plan if plan.linears else Plan(plan.experts, self._structure.linears)
         elif config.allocation == "bsp":
@@ -102,12 +107,25 @@ class Job:
         config = self._config
         if config.plan is not None:
             return config.plan
+        self._drop()
         if config.allocation == "bsp":
             return self._timed("allocate", self._allocate_blocks)
         if config.allocation == "uniform":
             widths = {path: self._allocator.layer(path, result) for path, result in self.layers.items()}
             return Plan(widths, self._structure.linears)
         return self._timed("allocate", self._allocate_model)
+
+    def _drop(self) -> None:
+        """Drop the experts that the given plan drops, or those that calibration says the model can do without."""
+        config = self._config
+        if config.plan is not None:
+            self._structure.follow(config.plan)
+        elif config.prune is not None:
+            dropper = Dropper(self._watcher, config, self._work, self._meter)
+            self.dropped = self._timed(
+                "prune", lambda: dropper.run(self._layers()), dropper.passes() * len(self._layers())
+            )
+            self._allocator = Allocator(self._structure, config, budgets_of(self._structure, config))
 
     def _timed(self, stage: str, work: Callable[[], Any], layers: int | None = None) -> Any:
         self._meter.start(stage, layers or len(self._layers()))
@@ -189,8 +207,7 @@ class Job:
                 candidates = self._measurer.measure(i, path)
                 widths = self._allocator.layer(path, self.layers[path])
                 if candidates:
-                    chosen = enumerate(widths.gate_up)
-                    return widths, {expert: candidates[expert, bits] for expert, bits in chosen}
+                    return widths, {expert: candidates[expert, widths.gate_up[expert]] for expert in widths.kept}
             else:
                 if self._config.allocation != "uniform" or self._config.rounding == "nearest":
                     self._watcher.observe(i, path, None)
@@ -201,7 +218,7 @@ class Job:
         """Packed matrices of the experts that a plan keeps."""
         experts = self._structure.experts[path]
         pairs = list(zip(widths.gate_up, widths.down, strict=True))
-        kept = [expert for expert, pair in enumerate(pairs) if pair[1]]
+        kept = list(widths.kept)
         packed: dict[int, Packed] = {}
         if self._config.rounding == "nearest":
             passes: Iterable[Any] = [(kept, None, None)]

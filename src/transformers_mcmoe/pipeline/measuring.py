@@ -150,7 +150,7 @@ class Measurer:
         skips = feedback and config.relative_errors
         between = {b: pair for b, pair in BETWEEN.items() if skips and {b, *pair} <= {*config.expert_bits}}
         widths = [bits for bits in config.expert_bits if bits not in between]
-        every = list(range(experts.num_experts))
+        every = list(self._structure.kept_of(path))
         for which, hessians, inputs in self._watcher.passes(
             i, path, every, ROLES if feedback or traced else (), held_out=feedback
         ):
@@ -169,6 +169,10 @@ class Measurer:
                 self._meter.expert_done(expert, experts.num_experts)
                 if final and not feedback:
                     candidates |= {(expert, bits): matrices for bits, matrices in own.items()}
+        for errors in (result.errors, result.hessian_errors, *result.role_errors.values()):
+            for bits, measured in errors.items():  # those of kept experts, in order
+                found = dict(zip(every, measured, strict=True)) if measured else {}
+                errors[bits] = [found.get(expert, 0.0) for expert in range(experts.num_experts)]
         for errors in (result.errors, *result.role_errors.values()):
             for bits, (low, high) in between.items():
                 errors[bits] = [math.sqrt(a * b) for a, b in zip(errors[low], errors[high], strict=True)]

@@ -21,6 +21,7 @@ from transformers_mcmoe.calibration.hessians import ExpertHessians
 from transformers_mcmoe.calibration.statistics import SAMPLE
 from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig, ODPConfig, OTPConfig
 from transformers_mcmoe.models.structure import Structure
+from transformers_mcmoe.pipeline.kept import kept_counts
 from transformers_mcmoe.plan import ExpertWidths, Plan, average_bits
 from transformers_mcmoe.progress import size
 from transformers_mcmoe.quantization.packing import GRID_BYTES, packed_shape
@@ -117,9 +118,13 @@ def budgets_of(structure: Structure, config: MCMoEConfig) -> dict[str, int]:
         structure.check(config.plan)
         return {}
     linears = structure.linear_weights()
-    sizes = [LayerSize(e.num_experts, structure.expert_weights(path)) for path, e in structure.experts.items()]
+    kept = kept_counts(structure, config)
+    sizes = [LayerSize(kept[path], structure.expert_weights(path)) for path in structure.experts]
     fixed = sum(linears[path] * bits for path, bits in structure.linears.items())
-    found = expert_budgets(config.bits, sizes, config.expert_bits, sum(linears.values()), fixed)
+    dropped = sum(
+        (e.num_experts - kept[path]) * structure.expert_weights(path) for path, e in structure.experts.items()
+    )
+    found = expert_budgets(config.bits, sizes, config.expert_bits, sum(linears.values()), fixed, dropped)
     _check_at_least(config, sizes, found)
     return dict(zip(structure.experts, found, strict=True))
 

@@ -20,10 +20,11 @@ import torch
 from transformers_mcmoe.allocation import uniform
 from transformers_mcmoe.calibration.hessians import ExpertHessians
 from transformers_mcmoe.calibration.statistics import SAMPLE
-from transformers_mcmoe.config import MCMoEConfig
+from transformers_mcmoe.config import MCMoEConfig, PruneConfig
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.pipeline import measuring
 from transformers_mcmoe.pipeline.allocating import MEASURED
+from transformers_mcmoe.pipeline.kept import kept_counts
 from transformers_mcmoe.pipeline.prepare import (
     OVERHEAD,
     budgets_of,
@@ -37,6 +38,8 @@ from transformers_mcmoe.pipeline.rounding import ROWS, grid_of
 from transformers_mcmoe.plan import ExpertWidths, Plan, average_bits, bits_per_weight
 from transformers_mcmoe.quantization import Factor, dequantize, gptq, group_size_for, pack, quantize
 from transformers_mcmoe.routing.prunable import TOP_K
+from transformers_mcmoe.structure import search_is_exhaustive
+from transformers_mcmoe.structure.outputs import PRODUCTS
 from transformers_mcmoe.tuning import sequences_for, sequences_per_step
 
 # a factorization costs the cube of its size; larger ones are reckoned from this one
@@ -56,12 +59,13 @@ class Preview:
         average_bits: over all quantized weights.
         bits_per_weight: the same with scales and zeros.
         experts: how many experts there are in all.
+        dropped: how many of them are dropped.
         quantized_weights: weights that are quantized.
         total_bytes: of the packed model.
         dense_bytes: of the dense one, quantized matrices at 16 bits.
         memory_bytes: bound on the memory that compressing takes beside the libraries.
         disk_bytes: most that the work folder takes, beside the output.
-        seconds: estimate per stage on this machine, "allocate" and "quantize".
+        seconds: estimate per stage on this machine, "prune", "allocate", "quantize".
     """
 
     layers: dict[str, float]
@@ -69,6 +73,7 @@ class Preview:
     average_bits: float
     bits_per_weight: float
     experts: int
+    dropped: int
     quantized_weights: int
     total_bytes: int
     dense_bytes: int
@@ -93,10 +98,11 @@ def preview(model: Any, config: MCMoEConfig, *, dtype: torch.dtype) -> Preview:
     )
     config = sized(structure, config, dtype)
     budgets = budgets_of(structure, config)
+    kept = kept_counts(structure, config)
     hessian_memory(structure, config, dtype)  # refuses a max_memory that is too small
     plan = config.plan or Plan(
         {
-            path: ExpertWidths.of(_even(structure.experts[path].num_experts, config, budget))
+            path: ExpertWidths.of(_even(kept[path], structure.experts[path].num_experts, config, budget))
             for path, budget in budgets.items()
         },
         structure.linears,
@@ -113,6 +119,7 @@ def preview(model: Any, config: MCMoEConfig, *, dtype: torch.dtype) -> Preview:
         average_bits=average_bits(matrices),
         bits_per_weight=bits_per_weight(matrices, config.group_size),
         experts=sum(experts.num_experts for experts in structure.experts.values()),
+        dropped=sum(len(widths.gate_up) - len(widths.kept) for widths in plan.experts.values()),
         quantized_weights=weights,
         total_bytes=packed + dtype.itemsize * (parameters - weights),
         dense_bytes=2 * weights + dtype.itemsize * (parameters - weights),
@@ -122,10 +129,10 @@ def preview(model: Any, config: MCMoEConfig, *, dtype: torch.dtype) -> Preview:
     )
 
 
-def _even(count: int, config: MCMoEConfig, budget: int) -> list[int]:
+def _even(kept: int, count: int, config: MCMoEConfig, budget: int) -> list[int]:
     """Widths of a layer's experts that spend its budget; which expert has which does not change what they cost."""
-    choice = uniform(count, config.expert_bits, budget, np.random.default_rng(config.seed))
-    return [config.expert_bits[index] for index in choice]
+    choice = uniform(kept, config.expert_bits, budget, np.random.default_rng(config.seed))
+    return [config.expert_bits[index] for index in choice] + [0] * (count - kept)
 
 
 class _Clock:
@@ -158,6 +165,8 @@ class _Clock:
         measured = config.plan is None and config.allocation in MEASURED
         errors = self._measuring() if measured else 0.0
         found = {}
+        if config.prune is not None and config.plan is None:
+            found["prune"] = self._dropping(config.prune)
         if config.tuning_steps:
             taught = sequences_for(config.tuning_steps, config.seq_len) / config.num_samples
             found["teach"] = self._forward() * min(1.0, taught)
@@ -171,6 +180,23 @@ class _Clock:
         if config.tuning_steps:
             found["tune"] = self._tuning()
         return found
+
+    def _dropping(self, prune: PruneConfig) -> float:
+        """Every expert on the recorded tokens, evaluations of sets, and passes through the layers."""
+        tokens = min(prune.tokens, self._tokens)
+        seconds = 3 * self._forward() * tokens / self._tokens
+        for path, experts in self._structure.experts.items():
+            count = experts.num_experts
+            used = min(tokens, PRODUCTS // (4 * count**2))
+            hidden = experts.projections[0].in_features
+            each = 2 * used * (self._structure.expert_weights(path) + count * hidden)
+            seconds += (1 if prune.uniform else 2) * count * each / self._rate
+            dropped = round(prune.ratio * count)
+            few = search_is_exhaustive(count, dropped)
+            sets = math.comb(count, dropped) if few else prune.population * prune.generations
+            sets = count + sets if prune.method in ("moe_i2", "naee") else 0
+            seconds += 2 * sets * used * count * (hidden + count) / self._single
+        return seconds
 
     def _tuning(self) -> float:
         """Steps: layers are run twice forward and once backward, and their matrices rebuilt each time."""

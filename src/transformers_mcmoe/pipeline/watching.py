@@ -132,7 +132,7 @@ class Watcher:
         result.routing, result.ratios = inputs.routing, ratios
         if isinstance(self.config.odp, ODPConfig) or isinstance(self.config.otp, OTPConfig):
             check_top_k(ratios.slots, path)
-        result.starved = [e for e in range(experts.num_experts) if inputs.is_starved(e)]
+        result.starved = [e for e in self.structure.kept_of(path) if inputs.is_starved(e)]
         if result.starved and not known and (self.config.rounding == "gptq" or self.config.allocation in MEASURED):
             self.fall_back(
                 f"{path}: experts {result.starved} saw too few calibration tokens; their errors and Hessians were "

@@ -41,8 +41,8 @@ def build_report(model: nn.Module, config: MCMoEConfig, result: Compressed) -> d
         `model`, `base_model` (Hub id, None for a local one), `license` (of a local model's own card), `dtype` of what stays
         dense, `average_bits` (codes only), `bits_per_weight` (bytes x 8 / weights over the quantized matrices, scales and
         zeros included), `expert_bits` per layer (gate and up) and `down_bits`, `routing_ratios` (quantiles of smaller over largest routing weights per
-        layer and slot, see `RatioTable`), `activated_bytes_per_token` (bytes of weights read for one token, by
-        the calibration's routing; None without calibration), `coverage`, `errors` by width, `role_errors` by
+        layer and slot, see `RatioTable`), `dropped_experts` (None if there are none; `_dropped`), `activated_bytes_per_token` (bytes of
+        weights read for one token, by the calibration's routing; None without calibration), `coverage`, `errors` by width, `role_errors` by
         role and width where roles have widths of their own, `fallbacks`, `sizes` in bytes,
         `seconds` by stage, `calibration_source` and `calibration_sha256` (of the token ids), `plan_given`, `versions`, `config`.
         `sizes["parts"]` has the bytes of experts by width ("experts, 2 bits"), of the other packed matrices, of embeddings
@@ -60,6 +60,7 @@ def build_report(model: nn.Module, config: MCMoEConfig, result: Compressed) -> d
         "bits_per_weight": bits_per_weight(matrices, config.group_size),
         "expert_bits": {path: "".join(map(str, widths.gate_up)) for path, widths in result.plan.experts.items()},
         "down_bits": {path: "".join(map(str, widths.down)) for path, widths in result.plan.experts.items()},
+        "dropped_experts": _dropped(result),
         "activated_bytes_per_token": _activated_bytes(model, config, result),
         "routing_ratios": _ratios(config, result),
         "coverage": {path: _coverage(layer) for path, layer in result.layers.items() if layer.routing is not None},
@@ -133,6 +134,29 @@ def _parts(model: Any, config: MCMoEConfig, result: Compressed) -> dict[str, int
     embeddings = sum(t.nbytes for t in tensors.values() if id(t) in ends)
     rest = sum(t.nbytes for t in tensors.values()) - embeddings - others - sum(experts.values())
     return experts | {"attention, shared": others, "embeddings, head": embeddings, "routers, norms": rest}
+
+
+def _dropped(result: Compressed) -> dict[str, Any] | None:
+    """What was dropped: ids by experts path, how many of how many, their weights and bytes at 16 bits.
+
+    Where they were searched for, also the `importance` of all experts and the `errors` of blocks, see `Dropped`.
+    """
+    experts = result.plan.experts
+    ids = {path: [e for e in range(len(widths.gate_up)) if e not in widths.kept] for path, widths in experts.items()}
+    if not any(ids.values()):
+        return None
+    inside = tuple(path + "." for path in experts)
+    weights = sum(m.weights for m in result.matrices if m.bits == 0 and m.name.startswith(inside))
+    found = result.dropped
+    return {
+        "experts": {path: dropped for path, dropped in ids.items() if dropped},
+        "count": sum(map(len, ids.values())),
+        "of": sum(len(widths.gate_up) for widths in experts.values()),
+        "weights": weights,
+        "dense_bytes": 2 * weights,
+        "importance": {} if found is None else found.importance,
+        "errors": {} if found is None else found.errors,
+    }
 
 
 def _by_role(layer: LayerResult) -> dict[str, dict[str, list[float]]]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,18 @@ class LayerRunner(ABC):
     @abstractmethod
     def advance(self, i: int) -> float:
         """As `replay`, but the outputs become the next layer's inputs; returns their Frobenius norm."""
+
+    def states(self) -> list[Tensor]:
+        """Copies of what enters the next layer, [B, T, H] of every batch; none where layers do not run apart."""
+        return []
+
+    def through(self, i: int, states: Sequence[Tensor]) -> list[Tensor]:
+        """What layer i returns for these states of all batches, in the place of its own inputs."""
+        raise NotImplementedError("The layers of this model do not run one by one.")
+
+    def losses(self, states: Iterable[Sequence[Tensor]]) -> list[float]:
+        """Mean cross entropy in nats of the next token, for states behind the last layer as `through` takes them."""
+        raise NotImplementedError("The layers of this model do not run one by one.")
 
 
 def model_inputs(model: Any, tokens: Tensor) -> dict[str, Any]:

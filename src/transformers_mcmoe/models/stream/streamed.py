@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from transformers_mcmoe.memory import return_free_memory
+from transformers_mcmoe.models.experts.base import forward_as
 from transformers_mcmoe.models.stream.checkpoint import Weights, unload
 from transformers_mcmoe.models.stream.runner import LastLayer, LayerRunner, model_inputs, squared_norm
 from transformers_mcmoe.workdir import mapped_tensor
@@ -55,6 +57,7 @@ class LayerStream(LayerRunner):
         head = self.weights.model.get_output_embeddings()
         heads = {name for name, module in self.weights.model.named_modules() if head is not None and module is head}
         groups: dict[int, list[str]] = {}
+        self._head_keys = [key for key, target in self.weights.targets.items() if target.rpartition(".")[0] in heads]
         for key, target in self.weights.targets.items():
             layer = next((i for i, path in enumerate(self.layers) if target.startswith(path + ".")), -1)
             if self.weights.names.holds(target) and target.rpartition(".")[0] not in heads:
@@ -157,10 +160,56 @@ class LayerStream(LayerRunner):
             unload(module)
 
     def _run(self, i: int, index: int) -> Tensor:
-        hidden = self._hidden[self._batches[index]].to(self.weights.device)
+        return self._call(i, index, self._hidden[self._batches[index]].to(self.weights.device))
+
+    def _call(self, i: int, index: int, hidden: Tensor) -> Tensor:
         args, kwargs = self._arguments[index][i]
         output = self._modules[i](hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def states(self) -> list[Tensor]:
+        return [self._hidden[batch].to(self.weights.device, copy=True) for batch in self._batches]
+
+    def through(self, i: int, states: Sequence[Tensor]) -> list[Tensor]:
+        # a layer may write to what it is given
+        return [self._call(i, index, state.clone()) for index, state in enumerate(states)]
+
+    def losses(self, states: Iterable[Sequence[Tensor]]) -> list[float]:
+        with self._with_head():
+            return [self._loss(own) for own in states]
+
+    def _loss(self, states: Sequence[Tensor]) -> float:
+        total, count = 0.0, 0
+        for batch, hidden in zip(self._batches, states, strict=False):
+            for tokens, own in zip(self.tokens[batch], hidden, strict=True):
+                logits = self._logits(tokens[None], own[None])[0, :-1].to(torch.float32)
+                total += float(functional.cross_entropy(logits, tokens[1:].to(logits.device), reduction="sum"))
+                count += len(tokens) - 1
+        return total / count
+
+    def _logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """Logits [N, T, V] of tokens [N, T] whose hidden states behind the last layer are given."""
+
+        def stub(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (hidden,) if self._returns_tuple else hidden
+
+        with ExitStack() as stack:
+            for module in self._modules:
+                stack.enter_context(forward_as(module, stub))
+            return self.weights.model(**model_inputs(self.weights.model, tokens.to(self.weights.device))).logits
+
+    @contextmanager
+    def _with_head(self) -> Iterator[None]:
+        """The output head with its weights."""
+        head = self.weights.model.get_output_embeddings()
+        owned = any(parameter.is_meta for parameter in head.parameters())
+        if owned:
+            self.weights.load(self._head_keys, head)
+        try:
+            yield
+        finally:
+            if owned:
+                unload(head)
 
     def outputs(self, sequences: int, path: Path, done: Callable[[], None]) -> Tensor:
         self.restart(sequences)

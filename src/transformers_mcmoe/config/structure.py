@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PruneConfig: which experts are dropped for good, and how they are found.
+
+Knows options and their ranges, no model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers_mcmoe.config.pruning import is_number, read_options
+from transformers_mcmoe.config.values import check
+
+METHODS = ("moe_i2", "naee", "reap", "frequency", "random")
+IMPORTANCES = ("local", "loss")
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Dropping experts before what is left is quantized.
+
+    A token that was routed to a dropped expert is routed anew among the kept ones. `bits` stays the average over all weights,
+    of which those of dropped experts take none: the kept ones get more.
+
+    Args:
+        ratio: share of all experts that is dropped.
+        method: "moe_i2" (arXiv 2411.01016, stage 1: layers drop by their importance, sets are searched for and combined over
+            neighbouring layers), "naee" (arXiv 2402.14800: the best set of each layer, the same number everywhere), "reap"
+            (arXiv 2510.13999: those of the least mean routing weight times output norm), "frequency" (those that fewest tokens are
+            routed to), or "random".
+        importance: of an expert, for "moe_i2": "local" is the change of its block's output without it, "loss" that of the
+            model's loss, which takes a pass through the later layers for every expert.
+        tokens: calibration tokens that blocks are looked at on; fewer where experts are so many that their inner
+            products would take more than 256 MB.
+        candidates: K, sets of each layer that are combined with those of its neighbours.
+        field: T, layers whose sets are combined.
+        population: of the genetic search, where not all sets can be tried.
+        generations: of it.
+
+    Raises:
+        ValueError: an option is outside its range.
+    """
+
+    ratio: float = 0.25
+    method: str = "moe_i2"
+    importance: str = "local"
+    tokens: int = 4096
+    candidates: int = 3
+    field: int = 3
+    population: int = 100
+    generations: int = 50
+
+    def __post_init__(self) -> None:
+        check(is_number(self.ratio) and 0 < self.ratio < 1, "prune", self.ratio, "a share in (0, 1)")
+        check(self.method in METHODS, "method", self.method, f"one of {METHODS}")
+        check(self.importance in IMPORTANCES, "importance", self.importance, f"one of {IMPORTANCES}")
+        local = self.importance == "local" or self.method == "moe_i2"
+        check(
+            local, "importance", self.importance, "'local' with another method than 'moe_i2', which has no use for it"
+        )
+        for name, least in (("tokens", 1), ("candidates", 1), ("field", 1), ("population", 4), ("generations", 0)):
+            value = getattr(self, name)
+            integer = isinstance(value, int) and not isinstance(value, bool)
+            check(integer and value >= least, name, value, f"an integer >= {least}")
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers drop the same share."""
+        return self.method != "moe_i2"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, value: Any) -> PruneConfig | None:
+        """What a user or config.json gives: None and False are none, a number the ratio, True a quarter, a dict the JSON form.
+
+        Raises:
+            ValueError: something else, or an unknown option.
+        """
+        return cls(ratio=value) if is_number(value) else read_options(cls, "prune", value)

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stage before all others: which experts are dropped, layer by layer, on the tokens of a few sequences.
+
+Knows layers, and what is kept of them; how a set is searched for (`structure`) is not its business.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from transformers_mcmoe.config import MCMoEConfig, PruneConfig
+from transformers_mcmoe.models.experts import FusedExperts
+from transformers_mcmoe.pipeline.kept import drops, routers_for
+from transformers_mcmoe.pipeline.watching import Watcher
+from transformers_mcmoe.progress import Meter
+from transformers_mcmoe.structure import (
+    BlockOutputs,
+    BlockRecorder,
+    leave_one_out,
+    reception_field,
+    search,
+)
+from transformers_mcmoe.workdir import WorkDir, mapped_tensor
+
+# tokens on which the model's loss without an expert is measured, at most
+LOSS_TOKENS = 1024
+
+
+@dataclass
+class Dropped:
+    """What the stage found.
+
+    Attributes:
+        importance: by experts path, of every expert; {} where the method needs none.
+        errors: by experts path, norm of the change of the block's output by what was dropped, relative to the hidden states.
+    """
+
+    importance: dict[str, list[float]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+class Dropper:
+    """Drops experts of one model.
+
+    Args:
+        watcher: looks at its layers.
+        config: of the compression.
+        work: where hidden states lie.
+        meter: shows progress.
+    """
+
+    def __init__(self, watcher: Watcher, config: MCMoEConfig, work: WorkDir, meter: Meter) -> None:
+        assert isinstance(config.prune, PruneConfig)
+        self._watcher, self._meter, self._work = watcher, meter, work
+        self._structure, self._runner = watcher.structure, watcher.runner
+        self._relative = config.relative_errors
+        self._compressed = config.activations == "compressed"
+        self._seed, self._config = config.seed, config.prune
+        self._routers = routers_for(self._structure, self._config)
+        length = self._runner.tokens.shape[1]
+        self._sequences = min(len(self._runner.tokens), -(-self._config.tokens // length))
+        self.found = Dropped()
+
+    def passes(self) -> int:
+        """How often layers are run."""
+        return 1 if self._config.uniform else 2
+
+    def run(self, layers: range) -> Dropped:
+        """Drop experts of all layers: the structure says which are kept, and routers choose among those from now on."""
+        if not self._config.uniform:
+            self._runner.restart(self._sequences)
+            measure = self._measure_loss if self._config.importance == "loss" else self._measure
+            measure(layers)
+        numbers = drops(self._structure, self._config, self._routers, self.found.importance)
+        self._runner.restart(self._sequences)
+        states = self._runner.states()
+        for group in self._groups(layers, bool(states)):
+            states = self._drop(group, states, numbers)
+            for _ in group:
+                self._meter.layer_done()
+        self._runner.restart()
+        return self.found
+
+    def _groups(self, layers: range, apart: bool) -> Iterator[list[int]]:
+        """Layers whose sets are chosen together, with those between that have no experts."""
+        most = self._config.field if apart and not self._config.uniform else 1
+        group: list[int] = []
+        for i in layers:
+            group.append(i)
+            if sum(bool(self._inside(n)) for n in group) == most:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def _inside(self, i: int) -> list[str]:
+        return self._watcher.inside(i, self._structure.experts)
+
+    # ---- importance
+
+    def _measure(self, layers: range) -> None:
+        """Leave-one-out errors of all blocks, on dense activations."""
+        for i in layers:
+            with self._runner.loaded(i):
+                for path, outputs in self._look(i, self._inside(i)).items():
+                    self.found.importance[path] = leave_one_out(outputs)
+                    del outputs
+                if not self._runner.recomputes:
+                    self._runner.advance(i)
+            self._meter.layer_done()
+
+    def _measure_loss(self, layers: range) -> None:
+        """How much the model's loss rises without an expert: what a layer returns without it runs through the later layers."""
+        length = self._runner.tokens.shape[1]
+        self._runner.restart(max(1, LOSS_TOKENS // length))
+        states = self._runner.states()
+        if not states:
+            raise NotImplementedError(
+                f"importance='loss' needs layers that run one by one ({self._runner.reason}); use importance='local'."
+            )
+        everything = range(len(self._runner.layers))
+        total = sum(experts.num_experts for experts in self._structure.experts.values())
+        rows = sum(map(len, states))
+        kept = mapped_tensor(
+            self._work.path / "without_experts.bin", (total, rows, *states[0].shape[1:]), states[0].dtype
+        )
+        sizes = list(map(len, states))
+        names: list[tuple[str, int]] = []
+        for i in everything:
+            with self._runner.loaded(i):
+                for n in range(len(names)):
+                    kept[n] = torch.cat(self._runner.through(i, kept[n].split(sizes)))
+                for path in self._inside(i):
+                    count = self._structure.experts[path].num_experts
+                    for expert in range(count):
+                        with self._routers[path].keeping([e for e in range(count) if e != expert]):
+                            kept[len(names)] = torch.cat(self._runner.through(i, states))
+                        names.append((path, expert))
+                states = self._runner.through(i, states)
+            if i in layers:
+                self._meter.layer_done()
+        (dense,) = self._runner.losses([states])
+        losses = self._runner.losses(kept[n].split(sizes) for n in range(len(names)))
+        for (path, _), loss in zip(names, losses, strict=True):
+            # an expert without which the loss falls matters least, but a layer's share must stay finite
+            self.found.importance.setdefault(path, []).append(max(loss - dense, 1e-6))
+
+    def _look(self, i: int, paths: Sequence[str], states: Sequence[Tensor] | None = None) -> dict[str, BlockOutputs]:
+        """The blocks of a layer on the tokens that enter it; `states` are run through it in the place of its own inputs."""
+        with self._recording(i, paths) as recorders:
+            if states is None:
+                with ExitStack() as stack:
+                    for path in paths:
+                        stack.enter_context(self._structure.experts[path].idle())
+                    self._runner.replay(i)
+            else:
+                states[:] = self._runner.through(i, states)  # type: ignore[index]
+        return {path: BlockOutputs(recorder) for path, recorder in recorders.items()}
+
+    @contextmanager
+    def _recording(self, i: int, paths: Sequence[str]) -> Iterator[dict[str, BlockRecorder]]:
+        model = self._structure.model
+        layer = model.get_submodule(self._runner.layers[i])
+        recorders = {}
+        with ExitStack() as stack:
+            for path in paths:
+                experts = self._structure.experts[path]
+                assert isinstance(experts, FusedExperts)
+                block = model.get_submodule(path.rpartition(".")[0])
+                recorders[path] = BlockRecorder(
+                    layer, block, experts, self._routers[path], self._relative, self._config.tokens
+                )
+                stack.enter_context(recorders[path].observe())
+            yield recorders
+
+    # ---- sets
+
+    def _drop(self, group: Sequence[int], states: list[Tensor], numbers: dict[str, int]) -> list[Tensor]:
+        """Drop experts of the layers of a group; returns what enters the next one."""
+        with ExitStack() as stack:
+            for i in group:
+                stack.enter_context(self._runner.loaded(i))
+            entered, dense = states, [state.clone() for state in states]
+            chosen: dict[int, list[dict[str, tuple[int, ...]]]] = {}
+            outputs: dict[str, BlockOutputs] = {}
+            for i in group:
+                found = self._look(i, self._inside(i), dense if states else None)
+                chosen[i] = self._candidates(found, numbers)
+                outputs |= found
+            best = [own[0] for own in chosen.values()]
+            if states and any(len(own) > 1 for own in chosen.values()):
+                best = self._combined(group, chosen, entered, dense)
+            for own in best:
+                for path, dropped in own.items():
+                    self.found.errors[path] = outputs[path].error(dropped)
+            del outputs
+            for own in best:
+                for path, dropped in own.items():
+                    count = self._structure.experts[path].num_experts
+                    if dropped:
+                        self._structure.keep(path, (expert for expert in range(count) if expert not in dropped))
+            if not states or not self._compressed:
+                return dense
+            for i in group:
+                entered = self._runner.through(i, entered)
+            return entered
+
+    def _candidates(self, found: dict[str, BlockOutputs], numbers: dict[str, int]) -> list[dict[str, tuple[int, ...]]]:
+        """The best sets of a layer's blocks, the n-th of each together."""
+        ranked = {path: self._ranked(path, outputs, numbers[path]) for path, outputs in found.items()}
+        depth = max([1, *map(len, ranked.values())])
+        return [{path: sets[min(n, len(sets) - 1)] for path, sets in ranked.items()} for n in range(depth)]
+
+    def _ranked(self, path: str, outputs: BlockOutputs, count: int) -> list[tuple[int, ...]]:
+        config, groups = self._config, self._routers[path].groups
+        if count == 0:
+            return [()]
+        if config.method in ("moe_i2", "naee"):
+            return search(
+                outputs,
+                count,
+                best=1 if config.uniform else config.candidates,
+                groups=groups,
+                seed=self._seed,
+                population=config.population,
+                generations=config.generations,
+            )
+        if config.method == "random":
+            scores = random.Random(f"{self._seed} {path}").sample(range(outputs.num_experts), outputs.num_experts)
+        else:
+            scores = (outputs.tokens() if config.method == "frequency" else outputs.saliency()).tolist()
+        return [_lowest(scores, count, groups)]
+
+    def _combined(
+        self,
+        group: Sequence[int],
+        chosen: dict[int, list[dict[str, tuple[int, ...]]]],
+        entered: list[Tensor],
+        dense: list[Tensor],
+    ) -> list[dict[str, tuple[int, ...]]]:
+        """The combination of the layers' candidates whose joint output is nearest to that of the dense layers."""
+        counted = {path: self._structure.experts[path].num_experts for i in group for path in self._inside(i)}
+
+        def run(states: list[Tensor], n: int, candidate: dict[str, tuple[int, ...]]) -> list[Tensor]:
+            with ExitStack() as stack:
+                for path, dropped in candidate.items():
+                    kept = [expert for expert in range(counted[path]) if expert not in dropped]
+                    stack.enter_context(self._routers[path].keeping(kept))
+                return self._runner.through(group[n], states)
+
+        def error(states: list[Tensor]) -> float:
+            return sum(_change(a, b, self._relative) for a, b in zip(states, dense, strict=True))
+
+        return reception_field([chosen[i] for i in group], entered, run, error)
+
+
+def _lowest(scores: Sequence[float], count: int, groups: int) -> tuple[int, ...]:
+    """The experts with the lowest scores, as many of each group."""
+    size = len(scores) // groups
+    members: Iterable[range] = (range(start, start + size) for start in range(0, len(scores), size))
+    return tuple(sorted(e for own in members for e in sorted(own, key=lambda e: scores[e])[: count // groups]))
+
+
+def _change(states: Tensor, dense: Tensor, relative: bool) -> float:
+    """Squared norm of the change of hidden states; `relative` as in `output_errors`."""
+    squared = (states - dense).to(torch.float32).square().sum(-1).to(torch.float64)
+    if relative:
+        norm = dense.to(torch.float32).norm(dim=-1).to(torch.float64).clamp(min=1e-15)
+        squared = squared / (norm * norm.median())
+    return float(squared.sum())

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many experts every layer keeps, and whether a model's experts can be dropped at all. Reads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from transformers_mcmoe.config import MCMoEConfig, PruneConfig
+from transformers_mcmoe.models.experts import routes_outside
+from transformers_mcmoe.models.routers import Router
+from transformers_mcmoe.models.structure import Structure
+from transformers_mcmoe.routing.prunable import slots_of
+from transformers_mcmoe.structure import drop_counts
+
+
+def routers_for(structure: Structure, config: PruneConfig) -> dict[str, Router]:
+    """Routers by experts path, if the experts that a config asks for can be dropped.
+
+    Raises:
+        NotImplementedError: a router cannot be sliced, or its weights are not handed to the experts.
+        ValueError: the ratio leaves fewer experts than a token is sent to.
+    """
+    routers = {path: Router(structure.model, experts) for path, experts in structure.experts.items()}
+    for path, experts in structure.experts.items():
+        if routes_outside(experts):
+            raise NotImplementedError(
+                f"The experts at '{path}' are not handed their routing weights, so that it is not known what they add; "
+                "prune is not available for this model."
+            )
+    drops(structure, config, routers, {})
+    return routers
+
+
+def drops(
+    structure: Structure,
+    config: PruneConfig,
+    routers: Mapping[str, Router],
+    importance: Mapping[str, list[float]],
+) -> dict[str, int]:
+    """How many experts each module drops; the same share everywhere if importance is not known. Errors as of `drop_counts`."""
+    sizes = {path: experts.num_experts for path, experts in structure.experts.items()}
+    slots = slots_of(structure.model) or 1
+    found = drop_counts(
+        [sum(importance[path]) if path in importance else 1.0 for path in sizes],
+        list(sizes.values()),
+        config.ratio,
+        [_least(slots, routers[path], count) for path, count in sizes.items()],
+        [routers[path].groups for path in sizes],
+    )
+    return dict(zip(sizes, found, strict=True))
+
+
+def kept_counts(structure: Structure, config: MCMoEConfig) -> dict[str, int]:
+    """How many experts each module keeps; before they are chosen, as if all dropped the same share."""
+    if config.prune is None or structure.kept:
+        return {path: len(structure.kept_of(path)) for path in structure.experts}
+    dropped = drops(structure, config.prune, routers_for(structure, config.prune), {})
+    return {path: experts.num_experts - dropped[path] for path, experts in structure.experts.items()}
+
+
+def _least(slots: int, router: Router, experts: int) -> int:
+    """Experts that a layer keeps at least: those of a token, which lie in the groups that are chosen first."""
+    if router.groups == 1:
+        return slots
+    chosen = max(1, int(getattr(router.module, "topk_group", 1) or 1))
+    each = max(2, -(-slots // chosen))  # a group's score may be that of its two best
+    return min(experts, each * router.groups)

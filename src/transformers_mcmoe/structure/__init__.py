@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is left of a model's experts: which are dropped. Knows measured outputs and sets of experts, not files or layers."""
+
+from transformers_mcmoe.structure.expert_pruning import (
+    drop_counts,
+    leave_one_out,
+    reception_field,
+    search,
+    search_is_exhaustive,
+)
+from transformers_mcmoe.structure.outputs import BlockOutputs, BlockRecorder
+
+__all__ = [
+    "BlockOutputs",
+    "BlockRecorder",
+    "drop_counts",
+    "leave_one_out",
+    "reception_field",
+    "search",
+    "search_is_exhaustive",
+]
