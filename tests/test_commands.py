@@ -24,6 +24,7 @@ from transformers_mcmoe import (
     ODPConfig,
     OTPConfig,
     PruneConfig,
+    RankConfig,
     compression_report,
     set_expert_pruning,
 )
@@ -58,9 +59,9 @@ def _params(*words):
 
 
 def test_every_argument_of_the_config_is_an_option():
-    arguments = set(inspect.signature(MCMoEConfig).parameters) - {"progress", "reserved"}
+    arguments = set(inspect.signature(MCMoEConfig).parameters) - {"progress", "unknown"}
     options = {name for names in PANELS.values() for name in names}
-    assert options - arguments == {"prune_options", "odp_rate", "odp_options", "otp_options"}
+    assert options - arguments == {"prune_options", "rank_options", "odp_rate", "odp_options", "otp_options"}
     assert arguments <= options
     params = _params("compress", "model", "--output", "out")
     config = config_of({name: params[name] for name in options})
@@ -79,6 +80,8 @@ def test_every_argument_of_the_config_is_an_option():
         MCMoEConfig(odp=ODPConfig(rate=0.2, protect=0.05), rounding="nearest"),
         MCMoEConfig(otp=OTPConfig(target=0.3, steps=5)),
         MCMoEConfig(prune=0.25),
+        MCMoEConfig(rank=128),
+        MCMoEConfig(3.0, rank=RankConfig(32, base=True), prune=0.25),
         MCMoEConfig(prune=PruneConfig(0.4, method="reap", tokens=512)),
         MCMoEConfig(odp=True),
         MCMoEConfig(otp=True),

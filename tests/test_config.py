@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from transformers_mcmoe import MCMoEConfig, Plan
-from transformers_mcmoe.config import RESERVED, ODPConfig, OTPConfig, PruneConfig
+from transformers_mcmoe.config import ODPConfig, OTPConfig, PruneConfig, RankConfig
 from transformers_mcmoe.plan import ExpertWidths
 
 PLAN = Plan({"model.layers.0.mlp.experts": ExpertWidths((1, 2), (1, 3))}, {"model.layers.0.self_attn.q_proj": 4})
@@ -50,6 +50,7 @@ OPTIONS: dict[str, Any] = {
     "seed": 5,
     "plan": PLAN,
     "prune": PruneConfig(0.3, method="reap"),
+    "rank": RankConfig(64, base=True),
     "odp": ODPConfig(rate=0.2),
     "otp": OTPConfig(target=0.3, on=False),
 }
@@ -92,6 +93,7 @@ def test_defaults():
         "seed": 0,
         "plan": None,
         "prune": None,
+        "rank": None,
         "odp": None,
         "otp": None,
     }
@@ -329,19 +331,6 @@ def test_max_memory(value: Any, expected: int):
     assert MCMoEConfig(max_memory=value).max_memory_bytes == expected
 
 
-@pytest.mark.parametrize("name", RESERVED)
-def test_options_of_later_releases(name: str):
-    for value in (None, False):
-        assert MCMoEConfig(**{name: value}).to_dict() == MCMoEConfig().to_dict()
-    for value in (True, "x", 0.5):
-        with pytest.raises(NotImplementedError, match=f"{name}={value!r} is not available in this release"):
-            MCMoEConfig(**{name: value})
-
-
-def test_reserved_names():
-    assert set(RESERVED) == {"rank"}
-
-
 def test_unknown_option():
     with pytest.raises(TypeError, match="MCMoEConfig has no option 'bit'"):
         MCMoEConfig(bit=2)
@@ -374,8 +363,6 @@ def test_from_dict_refuses_newer_formats():
 def test_from_dict_validates():
     with pytest.raises(ValueError, match="bits=99 is not valid"):
         MCMoEConfig.from_dict({"quant_method": "mcmoe", "average_bits": 99})
-    with pytest.raises(NotImplementedError, match="rank="):
-        MCMoEConfig.from_dict({"quant_method": "mcmoe", "rank": 64})
     with pytest.raises(ValueError, match="PruneConfig has no option 'rate'"):
         MCMoEConfig.from_dict({"quant_method": "mcmoe", "prune": {"rate": 0.5}})
 

@@ -68,7 +68,7 @@ def test_methods(folder, method):
     else:
         assert {len(values) for values in dropped["importance"].values()} == {8}
     assert report["config"]["prune"]["method"] == method
-    assert "prune" in report["seconds"]
+    assert "structure" in report["seconds"]
     for path, own in kept.items():
         tokens_of = report["coverage"][path]["tokens"]
         assert all((tokens_of[e] == 0) == (e not in own) for e in range(8))
@@ -237,7 +237,7 @@ def test_preview(mixtral):
     looked = preview(empty, config, dtype=torch.float32)
     report = compression_report(compressed(mixtral, config))
     assert (looked.dropped, looked.experts) == (4, 16)
-    assert looked.seconds["prune"] > 0
+    assert looked.seconds["structure"] > 0
     assert looked.total_bytes == pytest.approx(report["sizes"]["total_bytes"], rel=0.02)
-    assert looked.average_bits == pytest.approx(report["average_bits"], abs=0.05)
+    assert looked.average_bits == pytest.approx(report["average_bits"], abs=0.1)
     assert Structure(empty).kept == {}

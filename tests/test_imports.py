@@ -69,6 +69,7 @@ def test_public_names():
         "PackedLinear",
         "Plan",
         "PruneConfig",
+        "RankConfig",
         "__version__",
         "backend_info",
         "compression_report",

@@ -76,7 +76,7 @@ def test_expert_widths_of_numpy_are_json():
         ({}, "A plan is a dict with the keys 'experts' and 'linears'; this one has no 'experts'"),
         ([], "A plan is a dict with the keys"),
         ("12", "A plan is a dict with the keys"),
-        ({"version": 2, "experts": {}}, "The plan has version 2, this release reads up to 1; update the package"),
+        ({"version": 3, "experts": {}}, "The plan has version 3, this release reads up to 2; update the package"),
         (_expert_plan("15", "15"), r"'m\.0\.experts' holds the widths '15'; each must be one of \(0, 1, 2, 3, 4, 8\)"),
         (_expert_plan("12", "1x"), r"'m\.0\.experts' holds the widths '1x'"),
         (_expert_plan("1-", "1-"), r"'m\.0\.experts' holds the widths '1-'"),

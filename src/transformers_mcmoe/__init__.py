@@ -5,7 +5,7 @@ Importing this package registers the quantization method "mcmoe" with transforme
 (`quantization_config=MCMoEConfig(...)`) and loads packed checkpoints.
 """
 
-from transformers_mcmoe.config import MCMoEConfig, ODPConfig, OTPConfig, PruneConfig
+from transformers_mcmoe.config import MCMoEConfig, ODPConfig, OTPConfig, PruneConfig, RankConfig
 from transformers_mcmoe.integrations.exports import unpack
 from transformers_mcmoe.kernels import backend_info
 from transformers_mcmoe.nn import PackedExperts, PackedLinear
@@ -24,6 +24,7 @@ __all__ = [
     "PackedLinear",
     "Plan",
     "PruneConfig",
+    "RankConfig",
     "__version__",
     "backend_info",
     "compression_report",

@@ -13,18 +13,26 @@ from typing import Any
 
 from transformers_mcmoe.quantization.packing import WIDTHS, packed_shape
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 # what an expert's matrices are: those that read the hidden state, and the one that writes to it
 ROLES = ("gate_up", "down")
+# names of a matrix's two factors: what reads its input, [r, in], and what writes its output, [out, r]
+FACTORS = ("low_rank_a", "low_rank_b")
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class ExpertWidths:
-    """Widths of one layer's experts: `gate_up[e]` for the input projections, `down[e]` for the output one; 0 = dropped."""
+    """Widths of one layer's experts: `gate_up[e]` for the input projections, `down[e]` for the output one; 0 = no matrix.
+
+    An expert may have two thin factors of rank `ranks[e]` for each projection, of `rank_bits` each, in the place of its
+    matrices or beside them; () if none has. One with neither is dropped.
+    """
 
     gate_up: tuple[int, ...]
     down: tuple[int, ...]
+    ranks: tuple[int, ...] = ()
+    rank_bits: int = 0
 
     @classmethod
     def of(cls, widths: Iterable[int]) -> ExpertWidths:
@@ -35,7 +43,11 @@ class ExpertWidths:
     @property
     def kept(self) -> tuple[int, ...]:
         """The experts that were not dropped."""
-        return tuple(expert for expert, bits in enumerate(self.gate_up) if bits)
+        return tuple(expert for expert, bits in enumerate(self.gate_up) if bits or self.rank_of(expert))
+
+    def rank_of(self, expert: int) -> int:
+        """Rank of an expert's factors, 0 if it has none."""
+        return self.ranks[expert] if self.ranks else 0
 
     def of_role(self, role: str) -> tuple[int, ...]:
         """Widths of the projections of a role, "gate_up" or "down"."""
@@ -44,12 +56,14 @@ class ExpertWidths:
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix under the plan: its module path, shape and width (0 = dropped)."""
+    """One matrix under the plan: its module path, shape, width (0 = none), and rank and width of its factors, 0 if it has none."""
 
     name: str
     out_features: int
     in_features: int
     bits: int
+    rank: int = 0
+    rank_bits: int = 0
 
     @property
     def weights(self) -> int:
@@ -58,10 +72,15 @@ class Matrix:
 
     def packed_bytes(self, group_size: int) -> int:
         """Bytes on disk, scales and zeros included."""
-        if self.bits == 0:
-            return 0
-        rows, groups, record = packed_shape(self.out_features, self.in_features, self.bits, group_size)
-        return rows * groups * record
+        parts = [(self.out_features, self.in_features, self.bits)]
+        parts += [(self.rank, self.in_features, self.rank_bits), (self.out_features, self.rank, self.rank_bits)]
+        shapes = (packed_shape(*part, group_size) for part in parts if all(part))
+        return sum(rows * groups * record for rows, groups, record in shapes)
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of all codes."""
+        return self.weights * self.bits + self.rank * (self.out_features + self.in_features) * self.rank_bits
 
 
 @dataclass(frozen=True)
@@ -90,10 +109,13 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form: digit strings per layer; linear layers that differ only in the layer number share a string."""
-        experts = {
+        experts: dict[str, dict[str, Any]] = {
             name: {"gate_up": "".join(map(str, widths.gate_up)), "down": "".join(map(str, widths.down))}
             for name, widths in self.experts.items()
         }
+        for name, widths in self.experts.items():
+            if any(widths.ranks):
+                experts[name] |= {"rank": list(widths.ranks), "rank_bits": widths.rank_bits}
         patterns: dict[str, dict[int, int]] = {}
         for name, bits in self.linears.items():
             match = _LAYER.search(name)
@@ -103,7 +125,9 @@ class Plan:
             key: "".join(str(widths.get(layer, "-")) for layer in range(max(widths) + 1))
             for key, widths in patterns.items()
         }
-        return {"version": PLAN_VERSION, "experts": experts, "linears": linears}
+        # releases before 2 would take an expert without a matrix for a dropped one
+        version = 2 if any(any(widths.ranks) for widths in self.experts.values()) else 1
+        return {"version": version, "experts": experts, "linears": linears}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
@@ -128,7 +152,7 @@ class Plan:
                     f"The plan's '{name}' must drop (0) the same experts in 'gate_up' and 'down', "
                     f"but they are '{widths['gate_up']}' and '{widths['down']}'."
                 )
-            experts[name] = ExpertWidths(gate_up, down)
+            experts[name] = ExpertWidths(gate_up, down, *_ranks(name, widths, len(gate_up)))
         linears = {}
         for key, digits in data.get("linears", {}).items():
             for layer, digit in enumerate(digits):
@@ -144,12 +168,25 @@ def _digits(name: str, digits: str, dropped: bool = False) -> tuple[int, ...]:
     return tuple(int(digit) for digit in digits)
 
 
+def _ranks(name: str, widths: Mapping[str, Any], count: int) -> tuple[tuple[int, ...], int]:
+    ranks, bits = widths.get("rank"), widths.get("rank_bits", 0)
+    if ranks is None:
+        return (), 0
+    known = isinstance(ranks, list) and all(isinstance(rank, int) and rank >= 0 for rank in ranks)
+    if not known or len(ranks) != count or bits not in WIDTHS:
+        raise ValueError(
+            f"The plan's '{name}' must have one 'rank' >= 0 for each of {count} experts and 'rank_bits' out of {WIDTHS}, but they "
+            f"are {ranks!r} and {bits!r}."
+        )
+    return tuple(ranks), bits
+
+
 def average_bits(matrices: Iterable[Matrix]) -> float:
     """Mean code width over all matrices, weighted by their weights; a dropped expert counts as 0 bits."""
     total = bits = 0
     for matrix in matrices:
         total += matrix.weights
-        bits += matrix.weights * matrix.bits
+        bits += matrix.code_bits
     return bits / total if total else 0.0
 
 

@@ -37,7 +37,7 @@ from transformers_mcmoe.nn import PackedExperts, PackedLinear
 from transformers_mcmoe.nn.checks import check_grids, check_tensors
 from transformers_mcmoe.pipeline import TEACHER, Compressed, compress, unread_patterns
 from transformers_mcmoe.pipeline.prepare import tokens_for
-from transformers_mcmoe.plan import Plan, average_bits
+from transformers_mcmoe.plan import FACTORS, Plan, average_bits
 from transformers_mcmoe.pruning import (
     add_routers,
     recorded_ratios,
@@ -228,7 +228,7 @@ class MCMoEHfQuantizer(HfQuantizer):
                 set_router(dense, module._modules.get(ROUTER))  # type: ignore[arg-type]
                 model.set_submodule(path, dense)
         for path, module in list(model.named_modules()):
-            if isinstance(module, PackedLinear):
+            if isinstance(module, PackedLinear) and not path.endswith(FACTORS):  # those go with their matrix
                 model.set_submodule(path, _dense_linear(module, dtype))
         for name in ("save_pretrained", "push_to_hub"):
             model.__dict__.pop(name, None)
@@ -250,7 +250,9 @@ class MCMoEHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         """Where every MoE layer is one operator; elsewhere the loop over experts depends on the data."""
-        return all(isinstance(e, FusedExperts) and e.plain_activation() for e in self._packed.values())
+        plan = self.quantization_config.plan
+        ranks = plan is not None and any(any(widths.ranks) for widths in plan.experts.values())
+        return not ranks and all(isinstance(e, FusedExperts) and e.plain_activation() for e in self._packed.values())
 
 
 def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
@@ -291,7 +293,8 @@ def replace_modules(model: Any, structure: Structure, plan: Plan, group_size: in
                 for expert in range(experts.num_experts):
                     for p in experts.projections:
                         name = experts.tensor(expert, p.name)
-                        _pack_linear(model, name, widths.of_role(p.role)[expert], group_size)
+                        factors = (widths.rank_of(expert), widths.rank_bits)
+                        _pack_linear(model, name, widths.of_role(p.role)[expert], group_size, factors)
         for path, bits in plan.linears.items():
             _pack_linear(model, path, bits, group_size)
 
@@ -321,10 +324,10 @@ def asked_pruning(config: MCMoEConfig) -> tuple[ODPConfig | None, OTPConfig | No
     return odp, otp
 
 
-def _pack_linear(model: Any, path: str, bits: int, group_size: int) -> None:
+def _pack_linear(model: Any, path: str, bits: int, group_size: int, factors: tuple[int, int] = (0, 0)) -> None:
     linear = model.get_submodule(path)
     bias = linear.bias.dtype if linear.bias is not None else None
-    packed = PackedLinear(linear.in_features, linear.out_features, bits, group_size, bias, "meta")
+    packed = PackedLinear(linear.in_features, linear.out_features, bits, group_size, bias, "meta", *factors)
     model.set_submodule(path, packed)
 
 

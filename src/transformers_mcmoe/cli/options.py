@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from transformers_mcmoe.cli.command import Refused
-from transformers_mcmoe.config import MCMoEConfig, ODPConfig, OTPConfig, PruneConfig
+from transformers_mcmoe.config import MCMoEConfig, ODPConfig, OTPConfig, PruneConfig, RankConfig
 
 PANELS = {
     "Sizes": (
@@ -54,7 +54,7 @@ PANELS = {
         "tuning_rate",
     ),
     "Calibration": ("dataset", "num_samples", "seq_len", "tokenizer", "seed"),
-    "Dropping experts": ("prune", "prune_options"),
+    "Fewer experts, thinner matrices": ("prune", "prune_options", "rank", "rank_options"),
     "Expert pruning at run time": ("odp", "odp_rate", "odp_options", "otp", "otp_options"),
     "This machine": ("device", "max_memory", "work_dir"),
 }
@@ -75,6 +75,8 @@ HELP = {
     "plan": "JSON file with the width of every expert, used instead of the allocation.",
     "prune": "share of all experts to drop for good, e.g. 0.25; --bits stays the average over all weights (docs/structure.md).",
     "prune_options": 'further fields of PruneConfig as JSON, e.g. \'{"method": "reap"}\'. Implies --prune.',
+    "rank": "mean rank of two factors that take the place of every expert's matrices, e.g. 128 (docs/structure.md).",
+    "rank_options": "further fields of RankConfig as JSON, e.g. '{\"base\": true}'. Implies --rank.",
     "odp": "skip experts by thresholds on routing weights (docs/pruning.md).",
     "odp_rate": "share of routed expert bytes to skip, e.g. 0.15; default the median rule. Implies --odp.",
     "odp_options": "further fields of ODPConfig as JSON, e.g. '{\"protect\": 0.05}'. Implies --odp.",
@@ -98,6 +100,8 @@ TYPES: dict[str, tuple[Any, Any]] = {
     "plan": (Path | None, None),
     "prune": (float | None, None),
     "prune_options": (str | None, None),
+    "rank": (float | None, None),
+    "rank_options": (str | None, None),
     "odp": (bool, False),
     "odp_rate": (float | None, None),
     "odp_options": (str | None, None),
@@ -147,7 +151,8 @@ def config_of(options: Mapping[str, Any], **more: Any) -> MCMoEConfig:
         ValueError, NotImplementedError: see `MCMoEConfig`.
         Refused: an option cannot be read.
     """
-    given = {name: value for name, value in options.items() if not name.startswith(("odp", "otp", "prune"))}
+    apart = ("odp", "otp", "prune", "rank")
+    given = {name: value for name, value in options.items() if not name.startswith(apart)}
     if options["dataset"] and options["dataset"].startswith("{"):
         given["dataset"] = _json("dataset", options["dataset"])
     given["expert_bits"] = [_integer("expert_bits", word) for word in options["expert_bits"].split(",")]
@@ -157,16 +162,21 @@ def config_of(options: Mapping[str, Any], **more: Any) -> MCMoEConfig:
     given["at_least"] = _at_least(options["at_least"])
     patterns = options["modules_to_not_convert"]
     given["modules_to_not_convert"] = patterns.split(",") if patterns else None
-    pruning = {"prune": _prune(options), "odp": _odp(options), "otp": _otp(options)}
+    pruning = {
+        "prune": _structure(PruneConfig, "prune", "ratio", options),
+        "rank": _structure(RankConfig, "rank", "mean", options),
+        "odp": _odp(options),
+        "otp": _otp(options),
+    }
     return MCMoEConfig(**{**given, **pruning, **more})
 
 
-def _prune(options: Mapping[str, Any]) -> PruneConfig | None:
-    fields = _json("prune_options", options["prune_options"])
-    if options["prune"] is not None:
-        fields["ratio"] = options["prune"]
-    asked = options["prune"] is not None or options["prune_options"] is not None
-    return _pruning(PruneConfig, "prune_options", fields) if asked else None
+def _structure(kind: Any, name: str, main: str, options: Mapping[str, Any]) -> Any:
+    fields = _json(f"{name}_options", options[f"{name}_options"])
+    if options[name] is not None:
+        fields[main] = options[name]
+    asked = options[name] is not None or options[f"{name}_options"] is not None
+    return _pruning(kind, f"{name}_options", fields) if asked else None
 
 
 def _odp(options: Mapping[str, Any]) -> ODPConfig | None:

@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from transformers_mcmoe.config.otp import OTPConfig
 from transformers_mcmoe.config.pruning import ODPConfig
-from transformers_mcmoe.config.structure import PruneConfig
+from transformers_mcmoe.config.structure import PruneConfig, RankConfig
 from transformers_mcmoe.config.values import (
     ACTIVATIONS,
     ALLOCATIONS,
@@ -29,7 +29,6 @@ from transformers_mcmoe.config.values import (
     GRANULARITIES,
     NEEDS_MODEL,
     PRESETS,
-    RESERVED,
     ROUNDINGS,
     as_bytes,
     as_widths,
@@ -39,7 +38,7 @@ from transformers_mcmoe.config.values import (
     is_mixture,
     is_width,
     read_plan,
-    refuse_reserved,
+    refuse_unknown,
 )
 from transformers_mcmoe.plan import Plan
 from transformers_mcmoe.quantization.grid import FITS, Grid
@@ -62,9 +61,8 @@ class MCMoEConfig(QuantizationConfigMixin):
         target_size: bytes (or "16GB") that the weights' files may take, scales, zeros and what is not quantized included; it
             takes the place of `bits`.
         expert_bits: candidate widths per expert, each of 1, 2, 3, 4, 8.
-        attention_bits: width of attention projections; 16 leaves them as they are (and out of the average). Several are
-            candidates, of which one is chosen per projection within `bits`: for "pmq" with eps="final", budget="model",
-            alpha=beta=0 and without at_least, where (4, 8) is the default; else it is 4.
+        attention_bits: width of attention projections; 16 leaves them as they are (and out of the average). Several are candidates, of
+            which one is chosen per projection within `bits`: where one program spans the model (`whole`), with (4, 8) the default; else 4.
         shared_expert_bits: the same for shared experts and dense MLPs.
         group_size: most columns that share a scale, a multiple of 32; the largest multiple of 32 that divides a
             matrix's in_features is taken.
@@ -80,8 +78,8 @@ class MCMoEConfig(QuantizationConfigMixin):
         gamma: exponent of the error eps.
         eps: "final" measures errors with the quantizer that is used, on sequences kept from its Hessians, relative to
             the hidden states; "nearest" with plain rounding over the whole range, absolute, as the papers do.
-        granularity: "expert" gives all matrices of an expert one width; "projection" chooses for gate and up, and for down,
-            apart; under the same conditions, where it is the default.
+        granularity: "expert" gives all matrices of an expert one width; "projection" chooses for gate and up, and for down, apart; under
+            the same conditions, where it is the default.
         at_least: width -> least number of experts of a layer that take it; {3: 1, 2: 1} is the papers' constraint.
         tuning_steps: steps of training on the KL divergence from the dense model's output, once the model is packed: scales and
             zeros of all matrices, norms and routers move, codes stay. A step is one calibration sequence, or several that have
@@ -114,6 +112,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         device: where layers are run; default "cpu".
         plan: a plan (dict, or path of a JSON file, also a packed model's config.json) that is used instead of the allocation; GPTQ still needs a dataset.
         prune: drop experts for good, before the rest is quantized: their share of all experts, or a `PruneConfig`.
+        rank: two thin factors in the place of the experts' matrices, or beside them: their mean rank, or a `RankConfig`.
         odp: dynamic expert pruning at run time: True, or an `ODPConfig`. None keeps what a packed checkpoint was saved
             with, False switches it off.
         otp: learned expert pruning instead: True, or an `OTPConfig`; its routers are trained on the calibration data once the
@@ -123,7 +122,7 @@ class MCMoEConfig(QuantizationConfigMixin):
 
     Raises:
         ValueError: an option has a value outside its range.
-        NotImplementedError: an option of a later release is set.
+        TypeError: there is no such option.
     """
 
     def __init__(
@@ -166,10 +165,11 @@ class MCMoEConfig(QuantizationConfigMixin):
         device: str | torch.device | None = None,
         plan: Mapping[str, Any] | str | Path | Plan | None = None,
         prune: float | PruneConfig | Mapping[str, Any] | None = None,
+        rank: float | RankConfig | Mapping[str, Any] | None = None,
         odp: bool | ODPConfig | Mapping[str, Any] | None = None,
         otp: bool | OTPConfig | Mapping[str, Any] | None = None,
         progress: Callable[[Any], None] | None = None,
-        **reserved: Any,
+        **unknown: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # a plain string, as for any external method
         self.bits, self.target_size = bits, target_size
@@ -201,13 +201,13 @@ class MCMoEConfig(QuantizationConfigMixin):
         self.max_memory = max_memory
         self.device = torch.device(device) if device is not None else None
         self.plan = read_plan(plan)
-        self.prune = PruneConfig.read(prune)
+        self.prune, self.rank = PruneConfig.read(prune), RankConfig.read(rank)
         self.odp = ODPConfig.read(odp) if odp is not False else False
         self.otp = OTPConfig.read(otp) if otp is not False else False
         # what a config given beside a packed checkpoint asks of its pruning
         self.asked: dict[str, Any] = {}
         self.progress = progress
-        refuse_reserved(reserved)
+        refuse_unknown(unknown)
         self._apply_preset()
         if self.budget is None:
             self.budget = "model" if self.relative_errors or allocation == "bsp" else "layer"
@@ -220,9 +220,15 @@ class MCMoEConfig(QuantizationConfigMixin):
 
     @property
     def whole(self) -> bool:
-        """Whether one program without further conditions spans the model, in which all kinds of matrices compare."""
-        plain = self.relative_errors and not (self.alpha or self.beta or self.at_least)
+        """Whether one program spans the model, in which all kinds of matrices compare: "pmq" with eps="final" and budget="model", alpha and
+        beta 0, no at_least, and matrices to choose widths for."""
+        plain = self.relative_errors and not (self.alpha or self.beta or self.at_least or self.only_factors)
         return plain and self.budget == "model"
+
+    @property
+    def only_factors(self) -> bool:
+        """Whether factors take the place of the experts' matrices, so that there are no widths to choose."""
+        return self.rank is not None and not self.rank.base
 
     @property
     def relative_errors(self) -> bool:
@@ -271,12 +277,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         for name in ("symmetric", "integer_zeros", "act_order", "sequential"):
             check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         check(isinstance(self.damping, int | float) and 0 <= self.damping < 1, "damping", self.damping, "in [0, 1)")
-        check(
-            self.granularity == "expert" or self.whole,
-            "granularity",
-            self.granularity,
-            NEEDS_MODEL,
-        )
+        check(self.granularity == "expert" or self.whole, "granularity", self.granularity, NEEDS_MODEL)
         for name in ("sweeps", "tuning_steps"):
             value = getattr(self, name)
             check(isinstance(value, int) and value >= 0, name, value, "an integer >= 0")
@@ -308,6 +309,10 @@ class MCMoEConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             check(value is None or as_bytes(value) > 0, name, value, "bytes, or a string like '12GB'")
         bits = inspect.signature(MCMoEConfig).parameters["bits"].default
+        sized = self.target_size is None and (self.bits == bits or self.plan is not None)
+        check(
+            sized or not self.only_factors, "rank", self.rank, "left out with bits or target_size, or have base=True"
+        )
         check(
             self.target_size is None or self.bits == bits,
             "target_size",
@@ -337,6 +342,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         data["at_least"] = {str(width): count for width, count in self.at_least.items()}
         data["plan"] = self.plan.to_dict() if self.plan is not None else None
         data["prune"] = self.prune.to_dict() if self.prune is not None else None
+        data["rank"] = self.rank.to_dict() if self.rank is not None else None
         data["odp"] = self.odp.to_dict() if isinstance(self.odp, ODPConfig) else None
         data["otp"] = self.otp.to_dict() if isinstance(self.otp, OTPConfig) else None
         # texts and token ids given in memory are not stored, and of a file its name: folders are this machine's own
@@ -376,7 +382,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         data.pop("quant_method", None)
         if "average_bits" in data:
             data["bits"] = data.pop("average_bits")
-        known = set(cls().__dict__) | set(RESERVED)
+        known = set(cls().__dict__)
         unknown = sorted(set(data) - known)
         if unknown:
             logger.warning("Ignoring unknown keys of quantization_config: %s.", ", ".join(unknown))

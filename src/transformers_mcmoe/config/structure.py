@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PruneConfig: which experts are dropped for good, and how they are found.
+"""PruneConfig and RankConfig: which experts are dropped for good, and what takes the place of the others' matrices.
 
 Knows options and their ranges, no model.
 """
@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers_mcmoe.config.pruning import is_number, read_options
-from transformers_mcmoe.config.values import check
+from transformers_mcmoe.config.values import check, is_width
+from transformers_mcmoe.quantization.packing import WIDTHS
 
 METHODS = ("moe_i2", "naee", "reap", "frequency", "random")
 IMPORTANCES = ("local", "loss")
@@ -81,3 +82,51 @@ class PruneConfig:
             ValueError: something else, or an unknown option.
         """
         return cls(ratio=value) if is_number(value) else read_options(cls, "prune", value)
+
+
+@dataclass(frozen=True)
+class RankConfig:
+    """Two thin factors in the place of every matrix of the experts, or beside it (arXiv 2411.01016, stage 2).
+
+    Args:
+        mean: rank, over the kept experts of a layer.
+        bits: width of the factors.
+        base: keep the matrices, at the widths that `bits` of the compression allows, and let factors make up for their rounding; their
+            codes count in that average. Without it the average follows from the ranks.
+        whitened: factors change the experts' outputs on calibration tokens least; else their matrices, as in the paper.
+        exponent: of an expert's importance, by which ranks differ in a layer; 0 for one rank.
+        step: ranks are multiples of it.
+
+    Raises:
+        ValueError: an option is outside its range.
+    """
+
+    mean: float = 64
+    bits: int = 8
+    base: bool = False
+    whitened: bool = True
+    exponent: float = 0.15
+    step: int = 32
+
+    def __post_init__(self) -> None:
+        check(is_number(self.mean) and self.mean > 0, "rank", self.mean, "a number > 0")
+        check(is_width(self.bits), "bits", self.bits, f"one of {WIDTHS}")
+        for name in ("base", "whitened"):
+            check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        check(is_number(self.exponent) and self.exponent >= 0, "exponent", self.exponent, "a number >= 0")
+        step = isinstance(self.step, int) and self.step > 0 and self.step % 8 == 0
+        check(step, "step", self.step, "a positive multiple of 8")
+        check(self.mean >= self.step, "rank", self.mean, f"at least step={self.step}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, value: Any) -> RankConfig | None:
+        """What a user or config.json gives: None and False are none, a number the mean rank, a dict the JSON form.
+
+        Raises:
+            ValueError: something else, or an unknown option.
+        """
+        return cls(mean=value) if is_number(value) else read_options(cls, "rank", value)

@@ -18,7 +18,9 @@ ROUNDINGS = ("gptq", "nearest")
 ERRORS = ("final", "nearest")
 ACTIVATIONS = ("compressed", "dense")
 GRANULARITIES = ("expert", "projection")
-NEEDS_MODEL = "used with allocation='pmq', eps='final', budget='model', alpha=beta=0, and without at_least"
+NEEDS_MODEL = (
+    "used with allocation='pmq', eps='final', budget='model', alpha=beta=0, without at_least, and not with rank alone"
+)
 # what a preset sets; the options it names cannot be given beside it
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"allocation": "uniform", "sequential": False, "sweeps": 0, "num_samples": 32},
@@ -37,8 +39,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sweeps": 0,
     },
 }
-# options of later releases; accepted only as None or False
-RESERVED = ("rank",)
 
 
 def is_file(name: str) -> bool:
@@ -94,15 +94,10 @@ def is_width(value: Any) -> bool:
     return isinstance(value, int) and value in WIDTHS
 
 
-def refuse_reserved(options: Mapping[str, Any]) -> None:
-    """Raise for options that there are not, or not yet."""
-    for name, value in options.items():
-        if name not in RESERVED:
-            raise TypeError(f"MCMoEConfig has no option {name!r}; see its docstring for the options there are.")
-        if value is not None and value is not False:
-            raise NotImplementedError(
-                f"{name}={value!r} is not available in this release of transformers_mcmoe; leave the option out."
-            )
+def refuse_unknown(options: Mapping[str, Any]) -> None:
+    """Raise for options that there are not."""
+    for name in options:
+        raise TypeError(f"MCMoEConfig has no option {name!r}; see its docstring for the options there are.")
 
 
 def read_plan(plan: Any) -> Plan | None:

@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
 from jinja2 import Environment, StrictUndefined
 
-from transformers_mcmoe.config import MCMoEConfig, ODPConfig, OTPConfig, PruneConfig
+from transformers_mcmoe.config import MCMoEConfig, ODPConfig, OTPConfig, PruneConfig, RankConfig
 from transformers_mcmoe.progress import size
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
@@ -24,7 +24,7 @@ TEMPLATE = Path(__file__).parent / "model_card.md"
 MARK = "<!-- made by transformers_mcmoe from measurements -->"
 FIGURES = "figures"
 # options that do not change what is computed, or that the command line has elsewhere
-_APART = ("average_bits", "quant_method", "format_version", "plan", "prune", "odp", "otp", "dataset", "preset")
+_APART = ("average_bits", "quant_method", "format_version", "plan", "prune", "rank", "odp", "otp", "dataset", "preset")
 
 
 def model_name(report: Mapping[str, Any]) -> str:
@@ -201,7 +201,10 @@ def command_line(report: Mapping[str, Any], model: str, output: str) -> str:
         output: folder.
     """
     config = report["config"]
-    words = ["mcmoe", "compress", model or "MODEL", "--output", output, "--bits", f"{config['average_bits']:g}"]
+    words = ["mcmoe", "compress", model or "MODEL", "--output", output]
+    rank = config.get("rank")
+    if not rank or rank["base"]:  # the average follows from ranks alone
+        words += ["--bits", f"{config['average_bits']:g}"]
     defaults = MCMoEConfig(preset=config.get("preset")).to_dict()
     if config.get("preset"):
         words += ["--preset", config["preset"]]
@@ -209,7 +212,8 @@ def command_line(report: Mapping[str, Any], model: str, output: str) -> str:
         if name not in _APART and name in defaults and value != defaults[name]:
             words += _words(name, value)
     words += _dataset(report)
-    for name, kind in (("prune", PruneConfig), ("odp", ODPConfig), ("otp", OTPConfig)):
+    kinds = {"prune": PruneConfig, "rank": RankConfig, "odp": ODPConfig, "otp": OTPConfig}
+    for name, kind in kinds.items():
         if config.get(name):
             plain = kind().to_dict()
             given = {

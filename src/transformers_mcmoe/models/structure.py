@@ -32,6 +32,8 @@ class Structure:
         choices: the widths that a linear layer may take, by path of those that have a choice.
         names: checkpoint names.
         kept: experts that were not dropped, by experts path; all where a path is missing.
+        ranks: rank of every expert's factors, by experts path, 0 for none; () where a path is missing.
+        rank_bits: width of the factors.
 
     Raises:
         ValueError, NotImplementedError: see `find_experts`.
@@ -55,6 +57,8 @@ class Structure:
                 self.choices[path] = widths
         self.names = CheckpointNames(model)
         self.kept: dict[str, tuple[int, ...]] = {}
+        self.ranks: dict[str, tuple[int, ...]] = {}
+        self.rank_bits = 0
 
     def kept_of(self, path: str) -> tuple[int, ...]:
         """The experts of a module that were not dropped."""
@@ -73,8 +77,13 @@ class Structure:
     def follow(self, plan: Plan) -> None:
         """Drop the experts that a plan drops; errors as of `keep`."""
         for path, widths in plan.experts.items():
-            if path in self.experts and not all(widths.gate_up):
+            if path in self.experts and len(widths.kept) < len(widths.gate_up):
                 self.keep(path, widths.kept)
+
+    def factor_bits(self, path: str) -> int:
+        """Bits of the codes of all factors of a module."""
+        sizes = sum(p.out_features + p.in_features for p in self.experts[path].projections)
+        return self.rank_bits * sizes * sum(self.ranks.get(path, ()))
 
     def expert_weights(self, path: str, role: str | None = None) -> int:
         """Weights of one expert of a module, or of its matrices of a role."""
@@ -92,8 +101,9 @@ class Structure:
             widths = plan.experts[path]
             for expert in range(experts.num_experts):
                 for p in experts.projections:
-                    bits = widths.of_role(p.role)[expert]
-                    found.append(Matrix(f"{path}.{expert}.{p.name}", p.out_features, p.in_features, bits))
+                    bits, rank = widths.of_role(p.role)[expert], widths.rank_of(expert)
+                    factors = (rank, widths.rank_bits) if rank else (0, 0)
+                    found.append(Matrix(f"{path}.{expert}.{p.name}", p.out_features, p.in_features, bits, *factors))
         for path, bits in plan.linears.items():
             linear = self.model.get_submodule(path)
             found.append(Matrix(path, linear.out_features, linear.in_features, bits))
@@ -114,7 +124,12 @@ class Structure:
                 raise ValueError(
                     f"The plan does not fit the model: '{path}' {has}, but it has {experts.num_experts} experts."
                 )
-            if not any(widths.gate_up):
+            full = min(size for p in experts.projections for size in (p.out_features, p.in_features))
+            if any(rank > full for rank in widths.ranks):
+                raise ValueError(
+                    f"The plan does not fit the model: '{path}' has a rank of {max(widths.ranks)}, but its matrices have {full} at most."
+                )
+            if not widths.kept:
                 raise ValueError(f"The plan drops every expert of '{path}'; keep at least one.")
         for path in (*plan.experts, *plan.linears):
             if path not in self.experts and not isinstance(_submodule(self.model, path), nn.Linear):

@@ -33,10 +33,12 @@ class PackedLinear(nn.Module):
     Args:
         in_features: columns of the dense matrix.
         out_features: its rows.
-        bits: 1, 2, 3, 4, 8, or 0 for a matrix that was dropped: the output is then zero.
+        bits: 1, 2, 3, 4, 8, or 0 for none: the output is then that of the factors, or zero.
         group_size: the configured group size.
         bias: dtype of the bias, or None for none.
         device: device of the empty tensors.
+        rank: of two factors `low_rank_b @ low_rank_a`, which are added to the matrix; 0 for none.
+        rank_bits: their width.
     """
 
     def __init__(
@@ -47,16 +49,22 @@ class PackedLinear(nn.Module):
         group_size: int,
         bias: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        rank: int = 0,
+        rank_bits: int = 0,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
+        self.rank = rank
         self.weight: nn.Parameter | None
         if bits:
             shape = packed_shape(out_features, in_features, bits, group_size)
             self.weight = nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), requires_grad=False)
         else:
             self.register_parameter("weight", None)
-        if bias is not None and bits:
+        if rank:
+            self.low_rank_a = PackedLinear(in_features, rank, rank_bits, group_size, device=device)
+            self.low_rank_b = PackedLinear(rank, out_features, rank_bits, group_size, device=device)
+        if bias is not None and (bits or rank):
             self.bias = nn.Parameter(torch.empty(out_features, dtype=bias, device=device))
         else:
             self.register_parameter("bias", None)
@@ -67,11 +75,15 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., in_features] -> [.., out_features], in the dtype of `x`."""
-        if self.weight is None:
-            return x.new_zeros(*x.shape[:-1], self.out_features)
         bias = self.bias.to(x.dtype) if self.bias is not None else None
+        if self.weight is None:
+            if not self.rank:
+                return x.new_zeros(*x.shape[:-1], self.out_features)
+            y = self.low_rank_b(self.low_rank_a(x))
+            return y if bias is None else y + bias
         self._repack()
-        return ops.packed_linear(x, self.weight, bias, self.bits, self.in_features, self._blocks)
+        y = ops.packed_linear(x, self.weight, bias, self.bits, self.in_features, self._blocks)
+        return y + self.low_rank_b(self.low_rank_a(x)) if self.rank else y
 
     @torch.compiler.assume_constant_result  # runs while torch.compile traces, too
     def _repack(self) -> None:
@@ -83,9 +95,14 @@ class PackedLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The dense matrix [out, in]; zeros at 0 bits."""
-        if self.weight is None:
-            return torch.zeros(self.out_features, self.in_features, dtype=dtype)
-        return dequantize(self.weight, self.bits, self.in_features, dtype)
+        if not self.rank:
+            if self.weight is None:
+                return torch.zeros(self.out_features, self.in_features, dtype=dtype)
+            return dequantize(self.weight, self.bits, self.in_features, dtype)
+        dense = self.low_rank_b.dequantize(torch.float32) @ self.low_rank_a.dequantize(torch.float32)
+        if self.weight is not None:
+            dense += dequantize(self.weight, self.bits, self.in_features)
+        return dense.to(dtype)
 
     @torch.no_grad()
     def write(self, packed: Tensor) -> None:
@@ -100,7 +117,7 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
-            f"bias={self.bias is not None}"
+            f"bias={self.bias is not None}" + (f", rank={self.rank}" if self.rank else "")
         )
 
 
@@ -138,9 +155,8 @@ class PackedExperts(nn.Module):
         self.num_experts = experts.num_experts
         self.widths, self.leaves = widths, dict(leaves)
         self.pruning: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-        for expert in range(self.num_experts):
-            if widths.gate_up[expert]:
-                self.add_module(str(expert), self._expert(experts, expert, group_size, device))
+        for expert in widths.kept:
+            self.add_module(str(expert), self._expert(experts, expert, group_size, device))
         self._remove_weights(experts)
         if guard:
             self._add_guard(experts.parameter_names()[0], device)
@@ -150,7 +166,8 @@ class PackedExperts(nn.Module):
         self._experts = experts
         self.gate_up, self.down = ExpertsRole(self, "gate_up"), ExpertsRole(self, "down")
         self._is_hf_initialized = True
-        self._activation = experts.plain_activation()
+        # experts with factors run one by one
+        self._activation = None if any(widths.ranks) else experts.plain_activation()
         sizes = [(p.out_features, p.in_features) for p in experts.projections]
         self._layout, self._arena_bytes = cpu.layout(sizes, widths.gate_up, widths.down, group_size)
         self._blocks: Tensor | None = None
@@ -170,6 +187,8 @@ class PackedExperts(nn.Module):
                 group_size,
                 bias.dtype if bias is not None else None,
                 device,
+                self.widths.rank_of(expert),
+                self.widths.rank_bits,
             )
             child.add_module(self.leaves[projection.name], linear)
         child._is_hf_initialized = True  # type: ignore[assignment]
@@ -203,8 +222,11 @@ class PackedExperts(nn.Module):
 
     def expert_bytes(self) -> list[float]:
         """Packed bytes of every expert, 0 for one that was dropped."""
-        matrices = self._matrices()
-        return [float(sum(matrix.numel() for matrix in own)) for own in matrices]
+        sizes = dict.fromkeys(range(self.num_experts), 0)
+        for expert in self.widths.kept:
+            packed = (p for p in self.get_submodule(str(expert)).parameters() if p.dtype == torch.uint8)
+            sizes[expert] = sum(p.numel() for p in packed)
+        return [float(size) for size in sizes.values()]
 
     def linear(self, expert: int, projection: str) -> PackedLinear:
         """A projection of an expert that was not dropped."""
@@ -235,12 +257,7 @@ class PackedExperts(nn.Module):
         return self._experts.finish(output, hidden_states)
 
     def _linears(self) -> list[PackedLinear]:
-        return [
-            self.linear(e, p.name)
-            for e, bits in enumerate(self.widths.gate_up)
-            if bits
-            for p in self._experts.projections
-        ]
+        return [self.linear(e, p.name) for e in self.widths.kept for p in self._experts.projections]
 
     def _matrices(self) -> list[list[Tensor]]:
         """The packed matrices of each expert, none for one that was dropped."""
@@ -253,7 +270,7 @@ class PackedExperts(nn.Module):
     @torch.compiler.assume_constant_result  # runs while torch.compile traces, too
     def _repack(self) -> bool:
         """As in `PackedLinear`; False where other modules see to the matrices: offloaded ones, or adapters around them."""
-        kept = [expert for expert, bits in enumerate(self.widths.gate_up) if bits]
+        kept = self.widths.kept
         if not kept:
             return True
         # one module stands for all: experts are moved, offloaded and adapted together
@@ -290,7 +307,7 @@ class PackedExperts(nn.Module):
         return super()._apply(fn, recurse)
 
     def _run(self, expert: int, x: Tensor) -> Tensor | None:
-        if not self.widths.gate_up[expert]:
+        if expert not in self.widths.kept:
             return None
         return self._experts.combine(x, lambda x, projection: self.linear(expert, projection)(x))
 
@@ -299,7 +316,7 @@ class PackedExperts(nn.Module):
         added = [role() for role in (self.gate_up, self.down) if role.changes]
 
         def run(expert: int, x: Tensor) -> Tensor | None:
-            if not self.widths.gate_up[expert]:
+            if expert not in self.widths.kept:
                 return None
             return self._experts.combine(x, linear(expert))
 
@@ -325,9 +342,7 @@ class PackedExperts(nn.Module):
             owner, _, leaf = name.rpartition(".")
             parameter = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
             module.get_submodule(owner).register_parameter(leaf, parameter)
-        for expert in range(self.num_experts):
-            if not self.widths.gate_up[expert]:
-                continue
+        for expert in self.widths.kept:
             for projection in self._experts.projections:
                 linear = self.linear(expert, projection.name)
                 self._experts.matrix(expert, projection.name).copy_(linear.dequantize(dtype))

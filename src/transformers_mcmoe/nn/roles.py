@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from transformers_mcmoe.models.experts import Projection
@@ -46,7 +47,7 @@ class ExpertsRole(nn.Module):
     @property
     def experts(self) -> list[int]:
         """The experts that were not dropped."""
-        return [expert for expert, bits in enumerate(self._owner[0].widths.gate_up) if bits]
+        return list(self._owner[0].widths.kept)
 
     def linears(self, expert: int) -> list[PackedLinear]:
         """The role's packed matrices of an expert, in the order of `projections`."""
@@ -55,7 +56,7 @@ class ExpertsRole(nn.Module):
     @property
     def qweight(self) -> Tensor:
         """One of the packed matrices: adapters go to its device."""
-        return self.linears(self.experts[0])[0].weight  # type: ignore[return-value]
+        return next(p for p in self.linears(self.experts[0])[0].parameters() if p.dtype == torch.uint8)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"

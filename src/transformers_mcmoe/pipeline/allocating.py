@@ -67,7 +67,8 @@ class Allocator:
         else:
             budget = self._budgets[path] * self._structure.expert_weights(path)
             choice = solve(self._cost(path, result), self._price(path), budget, at_least=self._at_least())
-        return ExpertWidths.of(self._spread(path, self._bits[choice]))
+        widths = self._spread(path, self._bits[choice])
+        return ExpertWidths(widths, widths, *self._factors(path))
 
     def model(
         self,
@@ -103,10 +104,10 @@ class Allocator:
             allowed=columns[2],
         )
         widths = {kind: self._bits[choice[group == n]].tolist() for n, kind in enumerate(kinds)}
-        experts = {
-            path: ExpertWidths(*(self._spread(path, widths[path, role if roles else None]) for role in ROLES))
-            for path in results
-        }
+        experts = {}
+        for path in results:
+            gate_up, down = (self._spread(path, widths[path, role if roles else None]) for role in ROLES)
+            experts[path] = ExpertWidths(gate_up, down, *self._factors(path))
         chosen = {
             path: self._structure.choices[path][option]
             for path, option in zip(linears, choice[sum(counts) :], strict=True)
@@ -130,7 +131,13 @@ class Allocator:
         counts = {path: len(self._structure.kept_of(path)) for path in similarity}
         sizes = {path: self._structure.expert_weights(path) * count for path, count in counts.items()}
         widths = layers_by_change(similarity, sizes, self._config.expert_bits, self._budget())
-        return {path: ExpertWidths.of(self._spread(path, [bits] * counts[path])) for path, bits in widths.items()}
+        spread = {path: self._spread(path, [bits] * counts[path]) for path, bits in widths.items()}
+        return {path: ExpertWidths(own, own, *self._factors(path)) for path, own in spread.items()}
+
+    def _factors(self, path: str) -> tuple[tuple[int, ...], int]:
+        """Ranks and width of the factors that experts have beside their matrices."""
+        ranks = self._structure.ranks.get(path, ())
+        return ranks, self._structure.rank_bits if ranks else 0
 
     def _spread(self, path: str, widths: Iterable[int]) -> tuple[int, ...]:
         """Widths of all experts of a module, 0 for dropped ones, from those of the kept ones."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stage before all others: which experts are dropped, layer by layer, on the tokens of a few sequences.
+"""The stage before all others: which experts are dropped, and what ranks the others get, on the tokens of a few sequences.
 
 Knows layers, and what is kept of them; how a set is searched for (`structure`) is not its business.
 """
@@ -14,15 +14,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from transformers_mcmoe.config import MCMoEConfig, PruneConfig
+from transformers_mcmoe.config import MCMoEConfig, PruneConfig, RankConfig
 from transformers_mcmoe.models.experts import FusedExperts
-from transformers_mcmoe.pipeline.kept import drops, routers_for
+from transformers_mcmoe.pipeline.kept import drops, most_rank, routers_for
 from transformers_mcmoe.pipeline.watching import Watcher
 from transformers_mcmoe.progress import Meter
 from transformers_mcmoe.structure import (
     BlockOutputs,
     BlockRecorder,
     leave_one_out,
+    ranks_for,
     reception_field,
     search,
 )
@@ -46,7 +47,7 @@ class Dropped:
 
 
 class Dropper:
-    """Drops experts of one model.
+    """Drops experts of one model, and gives ranks to those that are kept.
 
     Args:
         watcher: looks at its layers.
@@ -56,27 +57,51 @@ class Dropper:
     """
 
     def __init__(self, watcher: Watcher, config: MCMoEConfig, work: WorkDir, meter: Meter) -> None:
-        assert isinstance(config.prune, PruneConfig)
         self._watcher, self._meter, self._work = watcher, meter, work
         self._structure, self._runner = watcher.structure, watcher.runner
         self._relative = config.relative_errors
         self._compressed = config.activations == "compressed"
-        self._seed, self._config = config.seed, config.prune
-        self._routers = routers_for(self._structure, self._config)
+        self._seed, self._rank, self._prunes = config.seed, config.rank, config.prune is not None
+        self._config = config.prune or PruneConfig()
+        self._routers = routers_for(self._structure, config.prune)
         length = self._runner.tokens.shape[1]
         self._sequences = min(len(self._runner.tokens), -(-self._config.tokens // length))
         self.found = Dropped()
 
+    @property
+    def _measures(self) -> bool:
+        """Whether importance is needed."""
+        ranks = self._rank is not None and self._rank.exponent > 0
+        return ranks or (self._prunes and not self._config.uniform)
+
     def passes(self) -> int:
         """How often layers are run."""
-        return 1 if self._config.uniform else 2
+        return self._measures + self._prunes
 
     def run(self, layers: range) -> Dropped:
         """Drop experts of all layers: the structure says which are kept, and routers choose among those from now on."""
-        if not self._config.uniform:
+        if self._measures:
             self._runner.restart(self._sequences)
             measure = self._measure_loss if self._config.importance == "loss" else self._measure
             measure(layers)
+        if self._prunes:
+            self._drop_all(layers)
+        if self._rank is not None:
+            self._give_ranks(self._rank)
+        self._runner.restart()
+        return self.found
+
+    def _give_ranks(self, config: RankConfig) -> None:
+        self._structure.rank_bits = config.bits
+        for path, experts in self._structure.experts.items():
+            kept, known = self._structure.kept_of(path), self.found.importance.get(path)
+            importance = [1.0 if known is None else known[expert] for expert in kept]
+            most = most_rank(experts, config.bits, config.base)
+            own = ranks_for(importance, config.mean, most, exponent=config.exponent, step=config.step)
+            ranks = dict(zip(kept, own, strict=True))
+            self._structure.ranks[path] = tuple(ranks.get(expert, 0) for expert in range(experts.num_experts))
+
+    def _drop_all(self, layers: range) -> None:
         numbers = drops(self._structure, self._config, self._routers, self.found.importance)
         self._runner.restart(self._sequences)
         states = self._runner.states()
@@ -84,8 +109,6 @@ class Dropper:
             states = self._drop(group, states, numbers)
             for _ in group:
                 self._meter.layer_done()
-        self._runner.restart()
-        return self.found
 
     def _groups(self, layers: range, apart: bool) -> Iterator[list[int]]:
         """Layers whose sets are chosen together, with those between that have no experts."""

@@ -23,12 +23,11 @@ from transformers_mcmoe.pipeline.allocating import MEASURED, Allocator
 from transformers_mcmoe.pipeline.dropping import Dropped, Dropper
 from transformers_mcmoe.pipeline.measuring import Measurer
 from transformers_mcmoe.pipeline.prepare import budgets_of
-from transformers_mcmoe.pipeline.rounding import ExpertRounder, Packed, Widths
+from transformers_mcmoe.pipeline.rounding import ExpertRounder, Packed, rebuilt
 from transformers_mcmoe.pipeline.watching import Watcher
 from transformers_mcmoe.pipeline.writing import Writer
 from transformers_mcmoe.plan import ROLES, ExpertWidths, Plan
 from transformers_mcmoe.progress import Meter
-from transformers_mcmoe.quantization import dequantize
 from transformers_mcmoe.tuning import Teacher, sequences_for
 from transformers_mcmoe.workdir import WorkDir
 
@@ -88,7 +87,9 @@ class Job:
         """All stages; returns the plan and the packed files."""
         config, plan = self._config, self._config.plan
         self._drop()
-        if plan is not None:
+        if config.only_factors and plan is None:
+            plan = self._factors_alone()
+        elif plan is not None:
             plan = plan if plan.linears else Plan(plan.experts, self._structure.linears)
         elif config.allocation == "bsp":
             plan = self._timed("allocate", self._allocate_blocks)
@@ -108,6 +109,8 @@ class Job:
         if config.plan is not None:
             return config.plan
         self._drop()
+        if config.only_factors:
+            return self._factors_alone()
         if config.allocation == "bsp":
             return self._timed("allocate", self._allocate_blocks)
         if config.allocation == "uniform":
@@ -115,15 +118,24 @@ class Job:
             return Plan(widths, self._structure.linears)
         return self._timed("allocate", self._allocate_model)
 
+    def _factors_alone(self) -> Plan:
+        """Factors in the place of all experts' matrices."""
+        structure = self._structure
+        none = {path: (0,) * experts.num_experts for path, experts in structure.experts.items()}
+        experts = {
+            path: ExpertWidths(own, own, structure.ranks[path], structure.rank_bits) for path, own in none.items()
+        }
+        return Plan(experts, structure.linears)
+
     def _drop(self) -> None:
         """Drop the experts that the given plan drops, or those that calibration says the model can do without."""
         config = self._config
         if config.plan is not None:
             self._structure.follow(config.plan)
-        elif config.prune is not None:
+        elif config.prune is not None or config.rank is not None:
             dropper = Dropper(self._watcher, config, self._work, self._meter)
             self.dropped = self._timed(
-                "prune", lambda: dropper.run(self._layers()), dropper.passes() * len(self._layers())
+                "structure", lambda: dropper.run(self._layers()), dropper.passes() * len(self._layers())
             )
             self._allocator = Allocator(self._structure, config, budgets_of(self._structure, config))
 
@@ -217,7 +229,6 @@ class Job:
     def _round(self, i: int, path: str, widths: ExpertWidths) -> dict[int, Packed]:
         """Packed matrices of the experts that a plan keeps."""
         experts = self._structure.experts[path]
-        pairs = list(zip(widths.gate_up, widths.down, strict=True))
         kept = list(widths.kept)
         packed: dict[int, Packed] = {}
         if self._config.rounding == "nearest":
@@ -225,7 +236,7 @@ class Job:
         else:
             passes = self._watcher.passes(i, path, kept, ROLES[:1] if self._config.sequential else ROLES)
         for which, hessians, inputs in passes:
-            packed |= self._round_run(i, path, {expert: pairs[expert] for expert in which}, hessians, inputs)
+            packed |= self._round_run(i, path, widths, which, hessians, inputs)
             self._meter.expert_done(which[-1], experts.num_experts)
         return packed
 
@@ -233,32 +244,41 @@ class Job:
         self,
         i: int,
         path: str,
-        pairs: Mapping[int, Widths],
+        widths: ExpertWidths,
+        which: list[int],
         hessians: ExpertHessians | None,
         inputs: ExpertInputs,
     ) -> dict[int, Packed]:
         """Packed matrices of some experts at their widths; down projections make up for the rounding of what they read."""
-        experts, which = self._structure.experts[path], list(pairs)
-        rounder = ExpertRounder(experts, which, hessians.roles if hessians is not None else {}, self._config)
+        experts = self._structure.experts[path]
+        ranks = {expert: widths.rank_of(expert) for expert in which if widths.rank_of(expert)}
+        counted = hessians.roles if hessians is not None else {}
+        rounder = ExpertRounder(experts, which, counted, self._config, factors=bool(ranks))
         packed: dict[int, Packed] = {expert: {} for expert in which}
         targets: dict[int, Tensor] | None = None
-        for n, role in enumerate(ROLES):
+        for role in ROLES:
             if role == "down" and hessians is not None and self._config.sequential:
                 del rounder
                 device = experts.matrix(0, experts.projections[0].name).device
-                columns = experts.projections[0].in_features
+                inputs_of = [p for p in experts.projections if p.role != "down"]
                 rounded = {
-                    expert: {name: dequantize(m, pairs[expert][0], columns).to(device) for name, m in matrices.items()}
+                    expert: {
+                        p.name: rebuilt(matrices, p, widths.gate_up[expert], widths.rank_bits).to(device)
+                        for p in inputs_of
+                    }
                     for expert, matrices in packed.items()
                 }
                 behind = self._watcher.behind(i, path, rounded, inputs)
                 targets = behind.targets()
-                rounder = ExpertRounder(experts, which, {role: behind.hessian}, self._config)
+                rounder = ExpertRounder(experts, which, {role: behind.hessian}, self._config, factors=bool(ranks))
                 del rounded, behind
             same: dict[int, list[int]] = {}
-            for expert, pair in pairs.items():
-                same.setdefault(pair[n], []).append(expert)
+            own = widths.of_role(role)
+            for expert in which:
+                same.setdefault(own[expert], []).append(expert)
+            same.pop(0, None)
             for bits, those in same.items():
                 for expert, matrices in rounder.round_role(role, those, bits, targets).items():
                     packed[expert] |= matrices
+            rounder.factor_role(role, ranks, widths.rank_bits, packed, dict(enumerate(own)), targets)
         return packed

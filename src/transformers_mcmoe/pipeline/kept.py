@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
-from transformers_mcmoe.config import MCMoEConfig, PruneConfig
-from transformers_mcmoe.models.experts import routes_outside
+from transformers_mcmoe.config import MCMoEConfig, PruneConfig, RankConfig
+from transformers_mcmoe.models.experts import Experts, routes_outside
 from transformers_mcmoe.models.routers import Router
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.routing.prunable import slots_of
-from transformers_mcmoe.structure import drop_counts
+from transformers_mcmoe.structure import break_even, drop_counts, ranks_for
 
 
-def routers_for(structure: Structure, config: PruneConfig) -> dict[str, Router]:
-    """Routers by experts path, if the experts that a config asks for can be dropped.
+def routers_for(structure: Structure, config: PruneConfig | None) -> dict[str, Router]:
+    """Routers by experts path, if the experts that a config asks for can be dropped, or looked at one by one.
 
     Raises:
         NotImplementedError: a router cannot be sliced, or its weights are not handed to the experts.
@@ -25,10 +26,51 @@ def routers_for(structure: Structure, config: PruneConfig) -> dict[str, Router]:
         if routes_outside(experts):
             raise NotImplementedError(
                 f"The experts at '{path}' are not handed their routing weights, so that it is not known what they add; "
-                "prune is not available for this model."
+                "prune and rank are not available for this model."
             )
-    drops(structure, config, routers, {})
+    if config is not None:
+        drops(structure, config, routers, {})
     return routers
+
+
+def most_rank(experts: Experts, rank_bits: int, base: bool) -> int:
+    """The largest rank of an expert's factors: the full one, or, in the place of a matrix, one below that of as many weights."""
+    full = min(min(p.out_features, p.in_features) for p in experts.projections)
+    return full if base else min(math.ceil(break_even(p.out_features, p.in_features)) - 1 for p in experts.projections)
+
+
+def check_rank(structure: Structure, config: RankConfig) -> None:
+    """Raise ValueError if a mean rank is more than matrices have, or saves nothing."""
+    for path, experts in structure.experts.items():
+        full = most_rank(experts, config.bits, True)
+        if config.mean > full:
+            raise ValueError(
+                f"rank={config.mean} is not valid: the matrices of '{path}' have {full} at most; lower it."
+            )
+        most = most_rank(experts, config.bits, config.base)
+        if config.mean > most:
+            raise ValueError(
+                f"rank={config.mean} saves nothing: from a rank of {most + 1} on, two factors have as many weights as the matrices of "
+                f"'{path}'; lower it, or leave rank out."
+            )
+
+
+def planned_ranks(structure: Structure, config: MCMoEConfig, kept: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Ranks of every expert; before importance is known, as if all kept ones were alike."""
+    if config.rank is None or structure.ranks:
+        return structure.ranks
+    return {
+        path: (
+            *ranks_for(
+                [1.0] * kept[path],
+                config.rank.mean,
+                most_rank(e, config.rank.bits, config.rank.base),
+                step=config.rank.step,
+            ),
+            *[0] * (e.num_experts - kept[path]),
+        )
+        for path, e in structure.experts.items()
+    }
 
 
 def drops(

@@ -21,7 +21,7 @@ from transformers_mcmoe.calibration.hessians import ExpertHessians
 from transformers_mcmoe.calibration.statistics import SAMPLE
 from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig, ODPConfig, OTPConfig
 from transformers_mcmoe.models.structure import Structure
-from transformers_mcmoe.pipeline.kept import kept_counts
+from transformers_mcmoe.pipeline.kept import check_rank, kept_counts, planned_ranks, routers_for
 from transformers_mcmoe.plan import ExpertWidths, Plan, average_bits
 from transformers_mcmoe.progress import size
 from transformers_mcmoe.quantization.packing import GRID_BYTES, packed_shape
@@ -119,8 +119,20 @@ def budgets_of(structure: Structure, config: MCMoEConfig) -> dict[str, int]:
         return {}
     linears = structure.linear_weights()
     kept = kept_counts(structure, config)
+    if config.rank is not None:
+        check_rank(structure, config.rank)
+        routers_for(structure, config.prune)
+    if config.only_factors:
+        return dict.fromkeys(structure.experts, 0)
     sizes = [LayerSize(kept[path], structure.expert_weights(path)) for path in structure.experts]
     fixed = sum(linears[path] * bits for path, bits in structure.linears.items())
+    if config.rank is not None:
+        ranks = planned_ranks(structure, config, kept)
+        per_rank = {
+            p: config.rank.bits * sum(m.out_features + m.in_features for m in e.projections)
+            for p, e in structure.experts.items()
+        }
+        fixed += sum(per_rank[path] * sum(own) for path, own in ranks.items())
     dropped = sum(
         (e.num_experts - kept[path]) * structure.expert_weights(path) for path, e in structure.experts.items()
     )

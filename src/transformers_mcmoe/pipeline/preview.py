@@ -24,7 +24,7 @@ from transformers_mcmoe.config import MCMoEConfig, PruneConfig
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.pipeline import measuring
 from transformers_mcmoe.pipeline.allocating import MEASURED
-from transformers_mcmoe.pipeline.kept import kept_counts
+from transformers_mcmoe.pipeline.kept import kept_counts, planned_ranks
 from transformers_mcmoe.pipeline.prepare import (
     OVERHEAD,
     budgets_of,
@@ -65,7 +65,7 @@ class Preview:
         dense_bytes: of the dense one, quantized matrices at 16 bits.
         memory_bytes: bound on the memory that compressing takes beside the libraries.
         disk_bytes: most that the work folder takes, beside the output.
-        seconds: estimate per stage on this machine, "prune", "allocate", "quantize".
+        seconds: estimate per stage on this machine, "structure", "allocate", "quantize".
     """
 
     layers: dict[str, float]
@@ -100,9 +100,10 @@ def preview(model: Any, config: MCMoEConfig, *, dtype: torch.dtype) -> Preview:
     budgets = budgets_of(structure, config)
     kept = kept_counts(structure, config)
     hessian_memory(structure, config, dtype)  # refuses a max_memory that is too small
+    ranks = planned_ranks(structure, config, kept)
     plan = config.plan or Plan(
         {
-            path: ExpertWidths.of(_even(kept[path], structure.experts[path].num_experts, config, budget))
+            path: _even(kept[path], structure.experts[path].num_experts, config, budget, ranks.get(path, ()))
             for path, budget in budgets.items()
         },
         structure.linears,
@@ -129,10 +130,14 @@ def preview(model: Any, config: MCMoEConfig, *, dtype: torch.dtype) -> Preview:
     )
 
 
-def _even(kept: int, count: int, config: MCMoEConfig, budget: int) -> list[int]:
+def _even(kept: int, count: int, config: MCMoEConfig, budget: int, ranks: tuple[int, ...]) -> ExpertWidths:
     """Widths of a layer's experts that spend its budget; which expert has which does not change what they cost."""
-    choice = uniform(kept, config.expert_bits, budget, np.random.default_rng(config.seed))
-    return [config.expert_bits[index] for index in choice] + [0] * (count - kept)
+    if config.only_factors:
+        widths = (0,) * count
+    else:
+        choice = uniform(kept, config.expert_bits, budget, np.random.default_rng(config.seed))
+        widths = (*(config.expert_bits[index] for index in choice), *[0] * (count - kept))
+    return ExpertWidths(widths, widths, ranks, config.rank.bits if config.rank is not None else 0)
 
 
 class _Clock:
@@ -165,8 +170,8 @@ class _Clock:
         measured = config.plan is None and config.allocation in MEASURED
         errors = self._measuring() if measured else 0.0
         found = {}
-        if config.prune is not None and config.plan is None:
-            found["prune"] = self._dropping(config.prune)
+        if (config.prune is not None or config.rank is not None) and config.plan is None:
+            found["structure"] = self._dropping(config.prune or PruneConfig(method="reap"))
         if config.tuning_steps:
             taught = sequences_for(config.tuning_steps, config.seq_len) / config.num_samples
             found["teach"] = self._forward() * min(1.0, taught)

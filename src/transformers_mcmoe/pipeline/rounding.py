@@ -19,21 +19,31 @@ from transformers_mcmoe.calibration.hessians import (
     observe_linears,
     probe_inputs,
 )
-from transformers_mcmoe.config import MCMoEConfig
+from transformers_mcmoe.config import MCMoEConfig, RankConfig
 from transformers_mcmoe.memory import return_free_memory
-from transformers_mcmoe.models.experts import Experts
+from transformers_mcmoe.models.experts import Experts, Projection
 from transformers_mcmoe.models.stream import LayerRunner
-from transformers_mcmoe.plan import ROLES
-from transformers_mcmoe.quantization import Factor, Grid, Quantized, gptq, group_size_for, pack, quantize
+from transformers_mcmoe.plan import FACTORS, ROLES
+from transformers_mcmoe.quantization import (
+    Factor,
+    Grid,
+    Quantized,
+    dequantize,
+    gptq,
+    group_size_for,
+    pack,
+    quantize,
+)
 from transformers_mcmoe.quantization.gptq import REFITS
 from transformers_mcmoe.quantization.grid import CHUNK
+from transformers_mcmoe.structure.low_rank import factorize, fit_left
 
 # rows that are rounded together: enough to hide the cost of a step per column
 ROWS = 1 << 13
 # the papers' rounding for errors: the whole range, zeros rounded to a code
 PLAIN = Grid(fit="minmax", integer_zeros=True)
 
-# projection -> packed matrix of one expert
+# projection -> packed matrix of one expert; "projection.low_rank_a" and ".low_rank_b" -> those of its factors
 Packed = dict[str, Tensor]
 # widths of an expert's projections by role
 Widths = tuple[int, int]
@@ -50,6 +60,7 @@ class ExpertRounder:
         grid: how grids are chosen; default the config's.
         refits: of grids to codes.
         sweeps: of coordinate descent; default the config's.
+        factors: keep the Hessians, which low-rank factors need.
     """
 
     def __init__(
@@ -61,11 +72,13 @@ class ExpertRounder:
         grid: Grid | None = None,
         refits: int = REFITS,
         sweeps: int | None = None,
+        factors: bool = False,
     ) -> None:
         self._experts, self._which, self._config = experts, list(which), config
         self._grid, self._refits = grid or grid_of(config), refits
         self._sweeps = config.sweeps if sweeps is None else sweeps
         self._factors: dict[str, Factor] = {}
+        self._totals = {role: hessian.total.clone() for role, hessian in hessians.items()} if factors else {}
         for role, hessian in hessians.items():
             self._factors[role] = _factor(hessian.total, config, f"{experts.path} ({role})")
 
@@ -103,12 +116,76 @@ class ExpertRounder:
             return_free_memory()
         return packed
 
+    def factor_role(
+        self,
+        role: str,
+        ranks: Mapping[int, int],
+        bits: int,
+        packed: Mapping[int, Packed],
+        widths: Mapping[int, int],
+        targets: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        """Add the factors of one role's matrices to experts' packed ones.
+
+        They stand for the matrices, or for what rounding left of them.
+
+        Args:
+            role: which.
+            ranks: by expert.
+            bits: width of the factors.
+            packed: by expert, with the role's matrices where there are some; changed.
+            widths: of those, by expert, 0 for none.
+            targets: as in `round_role`.
+        """  # fmt: skip
+        names = [p for p in self._experts.projections if p.role == role]
+        for expert, rank in ranks.items():
+            n = self._which.index(expert)
+            wanted = [self._experts.matrix(expert, p.name) for p in names] if targets is None else [targets[expert]]
+            for p, matrix in zip(names, wanted, strict=True):
+                rest = matrix.to(torch.float32)
+                if p.name in packed[expert]:
+                    rest = rest - dequantize(packed[expert][p.name], widths[expert], p.in_features).to(rest)
+                for name, factor in zip(FACTORS, self._factored(rest, rank, bits, role, n), strict=True):
+                    packed[expert][f"{p.name}.{name}"] = factor.cpu()
+        return_free_memory()
+
+    def _factored(self, weight: Tensor, rank: int, bits: int, role: str, n: int) -> tuple[Tensor, Tensor]:
+        """Packed a [r, in] and b [out, r]; b is fitted to a as it was rounded, and rounded behind it."""
+        config = self._config
+        total = self._totals[role][n] if role in self._totals else None
+        rank_config = config.rank if config.rank is not None else RankConfig()
+        a, _ = factorize(weight, rank, total if rank_config.whitened else None)
+        size = group_size_for(weight.shape[1], config.group_size)
+        inner = group_size_for(rank, config.group_size)
+        if total is None:
+            first = quantize(a, bits, size, self._grid)
+            b = fit_left(weight, first.dequantize())
+            return pack(first), pack(quantize(b, bits, inner, self._grid))
+        first = gptq(a[None], self._factors[role].take([n]), bits, self._grid, self._refits, self._sweeps)
+        rounded = first.dequantize()
+        behind = (rounded @ total @ rounded.T)[None]
+        factor = Factor.of(behind, inner, damping=config.damping, act_order=config.act_order, name="a low-rank factor")
+        b = fit_left(weight, rounded, total)
+        return pack(first), pack(gptq(b[None], factor, bits, self._grid, self._refits, self._sweeps))
+
     def _quantize(self, weight: Tensor, role: str, part: list[int], bits: int) -> Quantized:
         if role in self._factors:
             factor = self._factors[role].take([self._which.index(expert) for expert in part])
             return gptq(weight, factor, bits, self._grid, self._refits, self._sweeps)
         size = group_size_for(weight.shape[-1], self._config.group_size)
         return quantize(weight.flatten(0, 1), bits, size, self._grid)
+
+
+def rebuilt(packed: Mapping[str, Tensor], projection: Projection, bits: int, rank_bits: int) -> Tensor:
+    """The matrix [out, in] float32 that one expert's packed one and its factors stand for."""
+    name, columns = projection.name, projection.in_features
+    dense = dequantize(packed[name], bits, columns) if name in packed else None
+    if f"{name}.{FACTORS[0]}" in packed:
+        a = dequantize(packed[f"{name}.{FACTORS[0]}"], rank_bits, columns)
+        product = dequantize(packed[f"{name}.{FACTORS[1]}"], rank_bits, len(a)) @ a
+        dense = product if dense is None else dense + product
+    assert dense is not None
+    return dense
 
 
 def grid_of(config: MCMoEConfig) -> Grid:

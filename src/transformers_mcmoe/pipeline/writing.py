@@ -13,7 +13,8 @@ from torch import Tensor
 
 from transformers_mcmoe.models.experts import Experts, FusedExperts
 from transformers_mcmoe.models.structure import Structure
-from transformers_mcmoe.plan import ExpertWidths
+from transformers_mcmoe.pipeline.rounding import rebuilt
+from transformers_mcmoe.plan import FACTORS, ExpertWidths
 from transformers_mcmoe.quantization import dequantize
 
 
@@ -63,11 +64,18 @@ class Writer:
                     self.replaced += self._keys.get(f"{name}.weight", []) + self._keys.get(f"{name}.bias", [])
                 continue
             for p in experts.projections:
-                name, record = experts.tensor(expert, leaves[p.name]), packed[expert][p.name]
-                tensors[self._published(f"{name}.weight")] = record
+                name, matrix = experts.tensor(expert, leaves[p.name]), packed[expert]
+                if p.name in matrix:
+                    tensors[self._published(f"{name}.weight")] = matrix[p.name]
+                else:
+                    self.replaced += self._keys.get(f"{name}.weight", [])
+                for factor in FACTORS:
+                    if f"{p.name}.{factor}" in matrix:
+                        key = self._published(f"{name}.weight").removesuffix("weight")
+                        tensors[f"{key}{factor}.weight"] = matrix[f"{p.name}.{factor}"]
                 if replace:
-                    rebuilt = dequantize(record, widths.of_role(p.role)[expert], p.in_features)
-                    experts.matrix(expert, p.name).copy_(rebuilt)
+                    dense = rebuilt(matrix, p, widths.of_role(p.role)[expert], widths.rank_bits)
+                    experts.matrix(expert, p.name).copy_(dense)
                 bias = experts.bias(expert, p.name)
                 if bias is not None and isinstance(experts, FusedExperts):
                     tensors[self._published(f"{name}.bias")] = bias.to("cpu", copy=True).contiguous()

@@ -21,7 +21,7 @@ from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig
 from transformers_mcmoe.config.values import is_mixture
 from transformers_mcmoe.integrations.card import inherited
 from transformers_mcmoe.pipeline import Compressed, LayerResult
-from transformers_mcmoe.plan import average_bits, bits_per_weight
+from transformers_mcmoe.plan import Matrix, average_bits, bits_per_weight
 from transformers_mcmoe.version import versions
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ def build_report(model: nn.Module, config: MCMoEConfig, result: Compressed) -> d
         "average_bits": average_bits(matrices),
         "bits_per_weight": bits_per_weight(matrices, config.group_size),
         "expert_bits": {path: "".join(map(str, widths.gate_up)) for path, widths in result.plan.experts.items()},
+        "ranks": {path: list(widths.ranks) for path, widths in result.plan.experts.items() if any(widths.ranks)},
         "down_bits": {path: "".join(map(str, widths.down)) for path, widths in result.plan.experts.items()},
         "dropped_experts": _dropped(result),
         "activated_bytes_per_token": _activated_bytes(model, config, result),
@@ -125,7 +126,7 @@ def _parts(model: Any, config: MCMoEConfig, result: Compressed) -> dict[str, int
     for matrix in sorted(result.matrices, key=lambda matrix: matrix.bits):
         size = matrix.packed_bytes(config.group_size)
         if matrix.name.startswith(inside):
-            name = f"experts, {matrix.bits} bit{'s' if matrix.bits != 1 else ''}"
+            name = f"experts, {_described(matrix)}"
             experts[name] = experts.get(name, 0) + size
         else:
             others += size
@@ -134,6 +135,12 @@ def _parts(model: Any, config: MCMoEConfig, result: Compressed) -> dict[str, int
     embeddings = sum(t.nbytes for t in tensors.values() if id(t) in ends)
     rest = sum(t.nbytes for t in tensors.values()) - embeddings - others - sum(experts.values())
     return experts | {"attention, shared": others, "embeddings, head": embeddings, "routers, norms": rest}
+
+
+def _described(matrix: Matrix) -> str:
+    """How a matrix is kept: "2 bits", "low rank, 8 bits", or both."""
+    parts = [f"{matrix.bits} bit{'s' if matrix.bits != 1 else ''}"] if matrix.bits or not matrix.rank else []
+    return " + ".join(parts + ([f"low rank, {matrix.rank_bits} bits"] if matrix.rank else []))
 
 
 def _dropped(result: Compressed) -> dict[str, Any] | None:
@@ -146,7 +153,7 @@ def _dropped(result: Compressed) -> dict[str, Any] | None:
     if not any(ids.values()):
         return None
     inside = tuple(path + "." for path in experts)
-    weights = sum(m.weights for m in result.matrices if m.bits == 0 and m.name.startswith(inside))
+    weights = sum(m.weights for m in result.matrices if m.code_bits == 0 and m.name.startswith(inside))
     found = result.dropped
     return {
         "experts": {path: dropped for path, dropped in ids.items() if dropped},

@@ -245,7 +245,7 @@ class _Prepared:
         self.linears = {
             path: TunedLinear(module, zeros)
             for path, module in model.named_modules()
-            if isinstance(module, PackedLinear) and module.bits
+            if isinstance(module, PackedLinear) and module.bits and not module.rank
         }
         self.shadowed = [*_norms(model, layers), *_routers(model)]
         self._shadows: list[_Shadow] = []

@@ -163,6 +163,8 @@ def _hqq_linear(name: str, linear: PackedLinear, compute_dtype: torch.dtype) -> 
         raise ImportError(
             f"HQQ modules need the hqq package ({error}): pip install 'transformers_mcmoe[hqq]'."
         ) from error
+    if linear.rank:
+        raise ValueError(f"The matrix '{name}' has low-rank factors, for which an HQQLinear has no place.")
     if linear.weight is None:
         raise ValueError(f"The matrix '{name}' was dropped; an HQQLinear cannot stand for it.")
     quantized = unpack(linear.weight.data, linear.bits, linear.in_features)

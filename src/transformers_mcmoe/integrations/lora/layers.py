@@ -86,6 +86,11 @@ class PackedLoraLayer(nn.Module, LoraLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
+        if any(linear.weight is None for linear, _, _ in self._matrices()):
+            raise ValueError(
+                "Some experts here have low-rank factors and no matrix that an adapter could be rounded into; keep the adapter beside "
+                "the model instead of merging it."
+            )
         everything = [*self.merged_adapters, *names]
         originals = self._replaced or [linear.weight.data.clone() for linear, _, _ in self._matrices()]
         new, lost, asked = [], 0.0, 0.0
