@@ -84,9 +84,9 @@ class WorkDir:
             )
         write_whole(file, json.dumps({"fingerprint": self.mark}))
 
-    def write_layer(self, index: int, tensors: dict[str, Tensor]) -> Path:
+    def write_layer(self, index: int, tensors: dict[str, Tensor], name: str = "layer") -> Path:
         """Write the packed tensors of one layer: all of them or none."""
-        path = self.path / f"layer-{index:05d}.safetensors"
+        path = self.path / f"{name}-{index:05d}.safetensors"
         temporary = path.with_suffix(".tmp")
         save_file(tensors, temporary, metadata={"format": "pt", "fingerprint": self.mark})
         os.replace(temporary, path)

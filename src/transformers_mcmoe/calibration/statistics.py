@@ -7,7 +7,7 @@ widths or layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,6 +227,20 @@ class OutputNorms:
 
         with layer.register_forward_hook(measure):
             yield
+
+
+def carried(medians: Sequence[float]) -> list[float]:
+    """What the relative error of each layer is multiplied by, so that those of different layers compare.
+
+    A change stays in the residual stream: every later layer reads it relative to the hidden states there, and so does the
+    head, which counts as half of the layers (docs/quantization.md).
+
+    Args:
+        medians: norm of the hidden states behind each layer.
+    """
+    reads = [1 / max(norm, 1e-30) ** 2 for norm in medians]
+    head = len(reads) / 2 * reads[-1]
+    return [((sum(reads[i:-1]) + head) / reads[i]) ** 0.5 for i in range(len(reads))]
 
 
 class Outputs:

@@ -21,28 +21,18 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from transformers_mcmoe.config.otp import OTPConfig
 from transformers_mcmoe.config.pruning import ODPConfig
 from transformers_mcmoe.config.structure import PruneConfig, RankConfig
+from transformers_mcmoe.config.validation import validate
 from transformers_mcmoe.config.values import (
-    ACTIVATIONS,
-    ALLOCATIONS,
-    BUDGETS,
-    ERRORS,
-    GRANULARITIES,
-    NEEDS_MODEL,
     PRESETS,
-    ROUNDINGS,
     as_bytes,
     as_widths,
-    ascending,
     check,
     is_file,
     is_mixture,
-    is_width,
     read_plan,
     refuse_unknown,
 )
 from transformers_mcmoe.plan import Plan
-from transformers_mcmoe.quantization.grid import FITS, Grid
-from transformers_mcmoe.quantization.packing import WIDTHS
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +206,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         self.shared_expert_bits = choice if self.shared_expert_bits is None else self.shared_expert_bits
         if self.granularity is None:
             self.granularity = "projection" if self.whole else "expert"
-        self._validate()
+        validate(self)
 
     @property
     def whole(self) -> bool:
@@ -226,9 +216,24 @@ class MCMoEConfig(QuantizationConfigMixin):
         return plain and self.budget == "model"
 
     @property
+    def joint(self) -> bool:
+        """Whether one program chooses widths, ranks and what is dropped."""
+        return (self.prune is not None and self.prune.auto) or (self.rank is not None and self.rank.auto)
+
+    @property
+    def drops(self) -> PruneConfig | None:
+        """How a given share of the experts is dropped before widths are chosen; None if none is."""
+        return None if self.prune is None or self.prune.auto else self.prune
+
+    @property
+    def factors(self) -> RankConfig | None:
+        """The given mean rank; None if there is none."""
+        return None if self.rank is None or self.rank.auto else self.rank
+
+    @property
     def only_factors(self) -> bool:
         """Whether factors take the place of the experts' matrices, so that there are no widths to choose."""
-        return self.rank is not None and not self.rank.base
+        return self.factors is not None and not self.factors.base
 
     @property
     def relative_errors(self) -> bool:
@@ -247,78 +252,6 @@ class MCMoEConfig(QuantizationConfigMixin):
                     f"preset={self.preset!r} sets {name}={value!r}, but {name}={given!r} is given; drop one."
                 )
             setattr(self, name, value)
-
-    def _validate(self) -> None:
-        check(isinstance(self.bits, int | float) and 0 < self.bits <= 8, "bits", self.bits, "a number in (0, 8]")
-        widths = self.expert_bits
-        check(ascending(widths), "expert_bits", widths, f"distinct ascending widths out of {WIDTHS}")
-        for name in ("attention_bits", "shared_expert_bits"):
-            value = getattr(self, name)
-            if isinstance(value, tuple):
-                check(ascending(value), name, value, f"distinct ascending widths out of {WIDTHS}")
-                check(self.whole, name, value, f"one width, or {NEEDS_MODEL}")
-            else:
-                check(
-                    is_width(value) or value == 16, name, value, f"one of {(*WIDTHS, 16)}, or several to choose from"
-                )
-        positive = isinstance(self.group_size, int) and self.group_size > 0 and self.group_size % 32 == 0
-        check(positive, "group_size", self.group_size, "a positive multiple of 32")
-        check(self.budget in BUDGETS, "budget", self.budget, f"one of {BUDGETS}")
-        choices = {
-            "allocation": ALLOCATIONS,
-            "eps": ERRORS,
-            "rounding": ROUNDINGS,
-            "fit": FITS,
-            "activations": ACTIVATIONS,
-            "granularity": GRANULARITIES,
-        }
-        for name, allowed in choices.items():
-            check(getattr(self, name) in allowed, name, getattr(self, name), f"one of {allowed}")
-        for name in ("symmetric", "integer_zeros", "act_order", "sequential"):
-            check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
-        check(isinstance(self.damping, int | float) and 0 <= self.damping < 1, "damping", self.damping, "in [0, 1)")
-        check(self.granularity == "expert" or self.whole, "granularity", self.granularity, NEEDS_MODEL)
-        for name in ("sweeps", "tuning_steps"):
-            value = getattr(self, name)
-            check(isinstance(value, int) and value >= 0, name, value, "an integer >= 0")
-        rate = self.tuning_rate
-        check(isinstance(rate, int | float) and 0 < rate < 1, "tuning_rate", rate, "in (0, 1)")
-        Grid(self.fit, self.symmetric, self.integer_zeros)  # refuses what does not go together
-        if self.allocation == "bsp":
-            pair = self.budget == "model" and len(self.expert_bits) == 2 and not self.at_least
-            given = (self.budget, self.expert_bits, self.at_least)
-            wanted = "used with budget='model', two expert_bits such as (2, 4), and no at_least; "
-            check(pair, "allocation", self.allocation, f"{wanted}here they are {given}")
-        for name in ("alpha", "beta", "gamma"):
-            value = getattr(self, name)
-            check(isinstance(value, int | float) and value >= 0, name, value, "a number >= 0")
-        known = all(w in widths and isinstance(n, int) and n >= 0 for w, n in self.at_least.items())
-        check(known, "at_least", self.at_least, f"a dict from widths of expert_bits {widths} to counts >= 0")
-        for name in ("num_samples", "seq_len"):
-            value = getattr(self, name)
-            check(isinstance(value, int) and value > 0, name, value, "a positive integer")
-        names = self.modules_to_not_convert
-        check(isinstance(names, list | tuple), "modules_to_not_convert", names, "a list of names or patterns")
-        self.modules_to_not_convert = list(names)
-        unused = not self.at_least or self.allocation != "uniform"
-        check(unused, "at_least", self.at_least, "left out with allocation='uniform'")
-        check(isinstance(self.seed, int) and self.seed >= 0, "seed", self.seed, "an integer >= 0")
-        pruned = isinstance(self.otp, OTPConfig) and self.otp.on and bool(self.odp)
-        check(not pruned, "otp", self.otp, "left out with odp: both are rules for the same slots")
-        for name in ("max_memory", "target_size"):
-            value = getattr(self, name)
-            check(value is None or as_bytes(value) > 0, name, value, "bytes, or a string like '12GB'")
-        bits = inspect.signature(MCMoEConfig).parameters["bits"].default
-        sized = self.target_size is None and (self.bits == bits or self.plan is not None)
-        check(
-            sized or not self.only_factors, "rank", self.rank, "left out with bits or target_size, or have base=True"
-        )
-        check(
-            self.target_size is None or self.bits == bits,
-            "target_size",
-            self.target_size,
-            f"left out with bits={self.bits}: both set the size",
-        )
 
     @property
     def max_memory_bytes(self) -> int:

@@ -25,7 +25,8 @@ class PruneConfig:
     of which those of dropped experts take none: the kept ones get more.
 
     Args:
-        ratio: share of all experts that is dropped.
+        ratio: share of all experts that is dropped, or "auto": one program chooses widths and what is dropped, and its plan is taken
+            only if it is nearer to the dense model on sequences kept for that than the plan of widths alone (docs/structure.md).
         method: "moe_i2" (arXiv 2411.01016, stage 1: layers drop by their importance, sets are searched for and combined over
             neighbouring layers), "naee" (arXiv 2402.14800: the best set of each layer, the same number everywhere), "reap"
             (arXiv 2510.13999: those of the least mean routing weight times output norm), "frequency" (those that fewest tokens are
@@ -43,7 +44,7 @@ class PruneConfig:
         ValueError: an option is outside its range.
     """
 
-    ratio: float = 0.25
+    ratio: float | str = 0.25
     method: str = "moe_i2"
     importance: str = "local"
     tokens: int = 4096
@@ -53,7 +54,8 @@ class PruneConfig:
     generations: int = 50
 
     def __post_init__(self) -> None:
-        check(is_number(self.ratio) and 0 < self.ratio < 1, "prune", self.ratio, "a share in (0, 1)")
+        share = is_number(self.ratio) and 0 < self.ratio < 1  # type: ignore[operator]
+        check(share or self.auto, "prune", self.ratio, "a share in (0, 1), or 'auto'")
         check(self.method in METHODS, "method", self.method, f"one of {METHODS}")
         check(self.importance in IMPORTANCES, "importance", self.importance, f"one of {IMPORTANCES}")
         local = self.importance == "local" or self.method == "moe_i2"
@@ -64,6 +66,16 @@ class PruneConfig:
             value = getattr(self, name)
             integer = isinstance(value, int) and not isinstance(value, bool)
             check(integer and value >= least, name, value, f"an integer >= {least}")
+
+    @property
+    def auto(self) -> bool:
+        """Whether a program chooses what is dropped."""
+        return self.ratio == "auto"
+
+    @property
+    def share(self) -> float:
+        """`ratio` as a number, 0 where a program chooses."""
+        return 0.0 if isinstance(self.ratio, str) else self.ratio
 
     @property
     def uniform(self) -> bool:
@@ -81,7 +93,7 @@ class PruneConfig:
         Raises:
             ValueError: something else, or an unknown option.
         """
-        return cls(ratio=value) if is_number(value) else read_options(cls, "prune", value)
+        return cls(ratio=value) if is_number(value) or value == "auto" else read_options(cls, "prune", value)
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,7 @@ class RankConfig:
     """Two thin factors in the place of every matrix of the experts, or beside it (arXiv 2411.01016, stage 2).
 
     Args:
-        mean: rank, over the kept experts of a layer.
+        mean: rank, over the kept experts of a layer, or "auto": one program chooses widths and ranks, as with `PruneConfig`.
         bits: width of the factors.
         base: keep the matrices, at the widths that `bits` of the compression allows, and let factors make up for their rounding; their
             codes count in that average. Without it the average follows from the ranks.
@@ -101,7 +113,7 @@ class RankConfig:
         ValueError: an option is outside its range.
     """
 
-    mean: float = 64
+    mean: float | str = 64
     bits: int = 8
     base: bool = False
     whitened: bool = True
@@ -109,14 +121,25 @@ class RankConfig:
     step: int = 32
 
     def __post_init__(self) -> None:
-        check(is_number(self.mean) and self.mean > 0, "rank", self.mean, "a number > 0")
+        positive = is_number(self.mean) and self.mean > 0  # type: ignore[operator]
+        check(positive or self.auto, "rank", self.mean, "a number > 0, or 'auto'")
         check(is_width(self.bits), "bits", self.bits, f"one of {WIDTHS}")
         for name in ("base", "whitened"):
             check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         check(is_number(self.exponent) and self.exponent >= 0, "exponent", self.exponent, "a number >= 0")
         step = isinstance(self.step, int) and self.step > 0 and self.step % 8 == 0
         check(step, "step", self.step, "a positive multiple of 8")
-        check(self.mean >= self.step, "rank", self.mean, f"at least step={self.step}")
+        check(self.auto or self.mean >= self.step, "rank", self.mean, f"at least step={self.step}")  # type: ignore[operator]
+
+    @property
+    def auto(self) -> bool:
+        """Whether a program chooses ranks."""
+        return self.mean == "auto"
+
+    @property
+    def given(self) -> float:
+        """`mean` as a number, 0 where a program chooses."""
+        return 0.0 if isinstance(self.mean, str) else self.mean
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -129,4 +152,4 @@ class RankConfig:
         Raises:
             ValueError: something else, or an unknown option.
         """
-        return cls(mean=value) if is_number(value) else read_options(cls, "rank", value)
+        return cls(mean=value) if is_number(value) or value == "auto" else read_options(cls, "rank", value)

@@ -74,6 +74,12 @@ class Structure:
         self.kept[path] = tuple(sorted(kept))
         Router(self.model, self.experts[path]).keep(self.kept[path])
 
+    def keep_all(self) -> None:
+        """Take back what was dropped."""
+        for path in self.kept:
+            Router(self.model, self.experts[path]).release()
+        self.kept.clear()
+
     def follow(self, plan: Plan) -> None:
         """Drop the experts that a plan drops; errors as of `keep`."""
         for path, widths in plan.experts.items():

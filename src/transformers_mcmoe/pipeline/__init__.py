@@ -41,6 +41,8 @@ __all__ = ["OVERHEAD", "TEACHER", "Compressed", "LayerResult", "allocate", "comp
 
 # tokens per forward pass of a layer: activations stay small beside the weights
 BATCH_TOKENS = 2048
+# where two plans are compared, one calibration sequence in so many is kept for that
+JUDGED = 8
 # file of the dense model's outputs in the work folder; it outlives the compression, until the model is tuned
 TEACHER = "teacher.states"
 
@@ -62,6 +64,7 @@ class Compressed:
         plan_given: whether the config brought the plan.
         teacher: what the dense model returned for the sequences to tune on, or None.
         dropped: what was found about experts that are dropped, or None.
+        compared: of two plans, where the config asked for "auto" and they differed; see `Job`.
     """
 
     plan: Plan
@@ -76,6 +79,7 @@ class Compressed:
     plan_given: bool = False
     teacher: Teacher | None = None
     dropped: Dropped | None = None
+    compared: dict[str, float] | None = None
 
 
 def compress(
@@ -109,6 +113,7 @@ def compress(
         plan_given=config.plan is not None,
         teacher=teacher,
         dropped=job.dropped,
+        compared=job.compared,
     )
 
 
@@ -155,6 +160,7 @@ def _prepared(
             device=device,
             batch=max(1, BATCH_TOKENS // tokens.shape[1]),
             limit=config.max_memory_bytes or None,
+            judged=max(1, len(tokens) // JUDGED) if config.joint and config.plan is None else 0,
         )
         if device.type == "cpu" and dtype.itemsize == 2:
             for experts in structure.experts.values():

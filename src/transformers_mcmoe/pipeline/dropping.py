@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from transformers_mcmoe.calibration.statistics import OutputNorms, carried
 from transformers_mcmoe.config import MCMoEConfig, PruneConfig, RankConfig
 from transformers_mcmoe.models.experts import FusedExperts
 from transformers_mcmoe.pipeline.kept import drops, most_rank, routers_for
@@ -54,16 +55,20 @@ class Dropper:
         config: of the compression.
         work: where hidden states lie.
         meter: shows progress.
+
+    Attributes:
+        routers: by experts path.
+        found: what was measured.
     """
 
     def __init__(self, watcher: Watcher, config: MCMoEConfig, work: WorkDir, meter: Meter) -> None:
         self._watcher, self._meter, self._work = watcher, meter, work
         self._structure, self._runner = watcher.structure, watcher.runner
-        self._relative = config.relative_errors
+        self._relative = config.eps == "final"  # as errors of widths are
         self._compressed = config.activations == "compressed"
-        self._seed, self._rank, self._prunes = config.seed, config.rank, config.prune is not None
+        self._seed, self._rank, self._prunes = config.seed, config.factors, config.drops is not None
         self._config = config.prune or PruneConfig()
-        self._routers = routers_for(self._structure, config.prune)
+        self.routers = routers_for(self._structure, config.drops)
         length = self._runner.tokens.shape[1]
         self._sequences = min(len(self._runner.tokens), -(-self._config.tokens // length))
         self.found = Dropped()
@@ -96,13 +101,13 @@ class Dropper:
         for path, experts in self._structure.experts.items():
             kept, known = self._structure.kept_of(path), self.found.importance.get(path)
             importance = [1.0 if known is None else known[expert] for expert in kept]
-            most = most_rank(experts, config.bits, config.base)
-            own = ranks_for(importance, config.mean, most, exponent=config.exponent, step=config.step)
+            most = most_rank(experts, config.base)
+            own = ranks_for(importance, config.given, most, exponent=config.exponent, step=config.step)
             ranks = dict(zip(kept, own, strict=True))
             self._structure.ranks[path] = tuple(ranks.get(expert, 0) for expert in range(experts.num_experts))
 
     def _drop_all(self, layers: range) -> None:
-        numbers = drops(self._structure, self._config, self._routers, self.found.importance)
+        numbers = drops(self._structure, self._config, self.routers, self.found.importance)
         self._runner.restart(self._sequences)
         states = self._runner.states()
         for group in self._groups(layers, bool(states)):
@@ -128,15 +133,22 @@ class Dropper:
     # ---- importance
 
     def _measure(self, layers: range) -> None:
-        """Leave-one-out errors of all blocks, on dense activations."""
+        """Leave-one-out errors of all blocks, on dense activations; relative ones are carried on to the later layers."""
+        medians = []
         for i in layers:
             with self._runner.loaded(i):
-                for path, outputs in self._look(i, self._inside(i)).items():
+                for path, outputs in self.look(i, self._inside(i)).items():
                     self.found.importance[path] = leave_one_out(outputs)
                     del outputs
-                if not self._runner.recomputes:
+                returned = OutputNorms()
+                with returned.observe(self._structure.model.get_submodule(self._runner.layers[i])):
                     self._runner.advance(i)
+                medians.append(returned.median)
             self._meter.layer_done()
+        if self._relative:
+            for i, factor in zip(layers, carried(medians), strict=True):
+                for path in self._inside(i):
+                    self.found.importance[path] = [factor * value for value in self.found.importance[path]]
 
     def _measure_loss(self, layers: range) -> None:
         """How much the model's loss rises without an expert: what a layer returns without it runs through the later layers."""
@@ -162,7 +174,7 @@ class Dropper:
                 for path in self._inside(i):
                     count = self._structure.experts[path].num_experts
                     for expert in range(count):
-                        with self._routers[path].keeping([e for e in range(count) if e != expert]):
+                        with self.routers[path].keeping([e for e in range(count) if e != expert]):
                             kept[len(names)] = torch.cat(self._runner.through(i, states))
                         names.append((path, expert))
                 states = self._runner.through(i, states)
@@ -174,7 +186,7 @@ class Dropper:
             # an expert without which the loss falls matters least, but a layer's share must stay finite
             self.found.importance.setdefault(path, []).append(max(loss - dense, 1e-6))
 
-    def _look(self, i: int, paths: Sequence[str], states: Sequence[Tensor] | None = None) -> dict[str, BlockOutputs]:
+    def look(self, i: int, paths: Sequence[str], states: Sequence[Tensor] | None = None) -> dict[str, BlockOutputs]:
         """The blocks of a layer on the tokens that enter it; `states` are run through it in the place of its own inputs."""
         with self._recording(i, paths) as recorders:
             if states is None:
@@ -197,7 +209,7 @@ class Dropper:
                 assert isinstance(experts, FusedExperts)
                 block = model.get_submodule(path.rpartition(".")[0])
                 recorders[path] = BlockRecorder(
-                    layer, block, experts, self._routers[path], self._relative, self._config.tokens
+                    layer, block, experts, self.routers[path], self._relative, self._config.tokens
                 )
                 stack.enter_context(recorders[path].observe())
             yield recorders
@@ -213,7 +225,7 @@ class Dropper:
             chosen: dict[int, list[dict[str, tuple[int, ...]]]] = {}
             outputs: dict[str, BlockOutputs] = {}
             for i in group:
-                found = self._look(i, self._inside(i), dense if states else None)
+                found = self.look(i, self._inside(i), dense if states else None)
                 chosen[i] = self._candidates(found, numbers)
                 outputs |= found
             best = [own[0] for own in chosen.values()]
@@ -241,7 +253,7 @@ class Dropper:
         return [{path: sets[min(n, len(sets) - 1)] for path, sets in ranked.items()} for n in range(depth)]
 
     def _ranked(self, path: str, outputs: BlockOutputs, count: int) -> list[tuple[int, ...]]:
-        config, groups = self._config, self._routers[path].groups
+        config, groups = self._config, self.routers[path].groups
         if count == 0:
             return [()]
         if config.method in ("moe_i2", "naee"):
@@ -274,7 +286,7 @@ class Dropper:
             with ExitStack() as stack:
                 for path, dropped in candidate.items():
                     kept = [expert for expert in range(counted[path]) if expert not in dropped]
-                    stack.enter_context(self._routers[path].keeping(kept))
+                    stack.enter_context(self.routers[path].keeping(kept))
                 return self._runner.through(group[n], states)
 
         def error(states: list[Tensor]) -> float:

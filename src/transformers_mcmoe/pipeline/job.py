@@ -6,6 +6,7 @@ Knows the order of things; how a matrix is rounded (`rounding`) or named (`writi
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ from transformers_mcmoe.models.stream import LayerRunner
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.pipeline.allocating import MEASURED, Allocator
 from transformers_mcmoe.pipeline.dropping import Dropped, Dropper
+from transformers_mcmoe.pipeline.joint import JointProgram, Measured
 from transformers_mcmoe.pipeline.measuring import Measurer
 from transformers_mcmoe.pipeline.prepare import budgets_of
 from transformers_mcmoe.pipeline.rounding import ExpertRounder, Packed, rebuilt
@@ -30,6 +32,9 @@ from transformers_mcmoe.plan import ROLES, ExpertWidths, Plan
 from transformers_mcmoe.progress import Meter
 from transformers_mcmoe.tuning import Teacher, sequences_for
 from transformers_mcmoe.workdir import WorkDir
+
+# how often what a plan drops is tried on the dense model
+CORRECTIONS = 3
 
 
 class Job:
@@ -50,6 +55,7 @@ class Job:
         seconds: time per stage.
         writer: the names that packed tensors got.
         dropped: what was found about experts that are dropped, None if none were to be.
+        compared: KL divergence from the dense model of the plan of "widths" alone and of the "joint" one, where both were tried.
     """
 
     def __init__(
@@ -66,10 +72,20 @@ class Job:
         self._work, self._meter = work, meter
         self._allocator = Allocator(structure, config, budgets)
         self._watcher = Watcher(structure, runner, config, work, limit)
-        self._measurer = Measurer(self._watcher, meter)
+        self._joint: JointProgram | None = None
+        if config.joint and config.plan is None:
+            if runner.recomputes:
+                raise NotImplementedError(
+                    f"'auto' compares two plans on what layers return one by one, which this model's do not ({runner.reason}); give "
+                    "prune or rank a number."
+                )
+            self._joint = JointProgram(self._watcher, config, Dropper(self._watcher, config, work, meter))
+        self._measurer = Measurer(self._watcher, meter, self._joint.measure if self._joint is not None else None)
         self.layers, self.fallbacks = self._watcher.layers, self._watcher.fallbacks
         self.seconds: dict[str, float] = {}
         self.dropped: Dropped | None = None
+        self.compared: dict[str, float] | None = None
+        self._dense: list[Tensor] = []
         self.writer = Writer(structure, runner.weights.targets)
 
     def teach(self, path: Path) -> Teacher | None:
@@ -97,7 +113,73 @@ class Job:
         elif config.budget == "model" and config.allocation != "uniform":
             plan = self._timed("allocate", self._allocate_model)
             self._runner.restart()
+            if self._joint is not None:
+                return self._better(plan)
         return self._timed("quantize", lambda: self._quantize(plan))
+
+    def _better(self, widths: Plan) -> tuple[Plan, list[Path]]:
+        """Widths alone, or the plan of the joint program: whichever is nearer to the dense model on the judged sequences."""
+        assert self._joint is not None
+        errors = {path: {None: result.errors, **result.role_errors} for path, result in self.layers.items()}
+        measured = Measured(errors, self._measurer.linears, self._measurer.scales())
+        if self._joint.plan(widths, measured) is None:
+            return self._timed("quantize", lambda: self._quantize(widths))
+        plan, files = self._timed("quantize", lambda: self._quantize(widths, judged=True))
+        found = {"widths": self._runner.divergence(self._runner.states(judged=True), self._dense)}
+        joint = self._corrected(widths, measured, found["widths"])
+        if joint is None:
+            return plan, files
+        before, known = self.writer, copy.deepcopy(self.layers)
+        self.writer = Writer(self._structure, self._runner.weights.targets)
+        self._structure.follow(joint)
+        self._runner.restart()
+        chosen, others = self._timed("quantize the joint plan", lambda: self._quantize(joint, "joint", judged=True))
+        found["joint"] = self._runner.divergence(self._runner.states(judged=True), self._dense)
+        self.compared = found
+        if found["joint"] < found["widths"]:
+            plan, files, others = chosen, others, files
+        else:
+            self._structure.keep_all()
+            self.writer = before
+            self.layers.update(known)
+        for file in others:
+            file.unlink()
+        return plan, files
+
+    def _corrected(self, widths: Plan, measured: Measured, divergence: float) -> Plan | None:
+        """The joint plan, after what it drops has been tried on the dense model; None if it is the plan of widths.
+
+        Absent experts can cost the output more than rounding errors of the same norm do: a pass of the judged sequences
+        without them says how much more, in units of what the plan of widths costs, and the program is solved again.
+        """
+        assert self._joint is not None
+        unit = divergence / self._joint.costs(widths, measured)[0]
+        absence = 1.0
+        for _ in range(CORRECTIONS):
+            joint = self._joint.plan(widths, measured, absence)
+            if joint is None:
+                return None
+            _, dropped = self._joint.costs(joint, measured)
+            if not dropped:
+                return joint
+            self._structure.follow(joint)
+            ratio = self._timed("try without them", self._judge) / (unit * dropped * absence)
+            self._structure.keep_all()
+            if ratio < 1.1:
+                return joint
+            absence *= ratio
+        return self._joint.plan(widths, measured, absence)
+
+    def _judge(self) -> float:
+        """KL divergence of the dense layers, with their routers as they are now, from the dense model on the judged sequences."""
+        self._runner.restart(self._runner.judged)
+        for i in range(len(self._runner.layers)):
+            with self._runner.loaded(i):
+                self._runner.advance(i)
+            self._meter.layer_done()
+        found = self._runner.divergence(self._runner.states(judged=True), self._dense)
+        self._runner.restart()
+        return found
 
     def allocate(self) -> Plan:
         """The plan alone: widths are chosen on dense activations, nothing is written.
@@ -132,7 +214,7 @@ class Job:
         config = self._config
         if config.plan is not None:
             self._structure.follow(config.plan)
-        elif config.prune is not None or config.rank is not None:
+        elif config.drops is not None or config.factors is not None:
             dropper = Dropper(self._watcher, config, self._work, self._meter)
             self.dropped = self._timed(
                 "structure", lambda: dropper.run(self._layers()), dropper.passes() * len(self._layers())
@@ -158,6 +240,9 @@ class Job:
     def _allocate_model(self) -> Plan:
         """Costs of all layers on dense activations, then one program, or one per layer."""
         self._measurer.run(self._layers())
+        if self._joint is not None:
+            self._finish()
+            self._dense = self._runner.states(judged=True)
         if self._config.budget == "model":
             return self._allocator.model(self.layers, self._measurer.linears, self._measurer.scales())
         widths = {path: self._allocator.layer(path, result) for path, result in self.layers.items()}
@@ -179,17 +264,24 @@ class Job:
 
     # ---- the pass that rounds and writes
 
-    def _quantize(self, plan: Plan | None) -> tuple[Plan, list[Path]]:
+    def _finish(self) -> None:
+        """Run the layers that hold nothing to be quantized, behind those that do."""
+        for i in range(len(self._runner.layers))[len(self._layers()) :]:
+            with self._runner.loaded(i):
+                self._runner.advance(i)
+
+    def _quantize(self, plan: Plan | None, name: str = "layer", judged: bool = False) -> tuple[Plan, list[Path]]:
         """Every layer is rounded and written; without a plan its widths are chosen on the way.
 
-        The next layer sees the rounded outputs of this one, or, with activations="dense", its dense ones.
+        The next layer sees the rounded outputs of this one, or, with activations="dense", its dense ones. Files begin with
+        `name`; for what is to be judged, tokens run through the last layer, too.
         """
         linears = self._structure.linears if plan is None else plan.linears
         widths: dict[str, ExpertWidths] = {}
         files = []
         layers = self._layers()
         runs = plan is None or self._config.rounding == "gptq"
-        dense = self._config.activations == "dense"
+        dense = self._config.activations == "dense" and not judged
         for i in layers:
             with self._runner.loaded(i):
                 tensors: dict[str, Tensor] = {}
@@ -201,11 +293,13 @@ class Job:
                     widths[path] = chosen
                     self.writer.experts(self._structure.experts[path], chosen, packed, tensors, not dense)
                     del packed
-                files.append(self._work.write_layer(i, tensors))
+                files.append(self._work.write_layer(i, tensors, name))
                 del tensors
-                if runs and i < layers[-1] and not self._runner.recomputes:
+                if runs and (judged or i < layers[-1]) and not self._runner.recomputes:
                     self._runner.advance(i)
             self._meter.layer_done()
+        if judged:
+            self._finish()
         return Plan(widths, linears), files
 
     def _linears(self, i: int, widths: Mapping[str, int], tensors: dict[str, Tensor], replace: bool) -> None:

@@ -33,7 +33,7 @@ def routers_for(structure: Structure, config: PruneConfig | None) -> dict[str, R
     return routers
 
 
-def most_rank(experts: Experts, rank_bits: int, base: bool) -> int:
+def most_rank(experts: Experts, base: bool) -> int:
     """The largest rank of an expert's factors: the full one, or, in the place of a matrix, one below that of as many weights."""
     full = min(min(p.out_features, p.in_features) for p in experts.projections)
     return full if base else min(math.ceil(break_even(p.out_features, p.in_features)) - 1 for p in experts.projections)
@@ -42,13 +42,13 @@ def most_rank(experts: Experts, rank_bits: int, base: bool) -> int:
 def check_rank(structure: Structure, config: RankConfig) -> None:
     """Raise ValueError if a mean rank is more than matrices have, or saves nothing."""
     for path, experts in structure.experts.items():
-        full = most_rank(experts, config.bits, True)
-        if config.mean > full:
+        full = most_rank(experts, True)
+        if config.given > full:
             raise ValueError(
                 f"rank={config.mean} is not valid: the matrices of '{path}' have {full} at most; lower it."
             )
-        most = most_rank(experts, config.bits, config.base)
-        if config.mean > most:
+        most = most_rank(experts, config.base)
+        if config.given > most:
             raise ValueError(
                 f"rank={config.mean} saves nothing: from a rank of {most + 1} on, two factors have as many weights as the matrices of "
                 f"'{path}'; lower it, or leave rank out."
@@ -57,15 +57,15 @@ def check_rank(structure: Structure, config: RankConfig) -> None:
 
 def planned_ranks(structure: Structure, config: MCMoEConfig, kept: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """Ranks of every expert; before importance is known, as if all kept ones were alike."""
-    if config.rank is None or structure.ranks:
+    if config.factors is None or structure.ranks:
         return structure.ranks
     return {
         path: (
             *ranks_for(
                 [1.0] * kept[path],
-                config.rank.mean,
-                most_rank(e, config.rank.bits, config.rank.base),
-                step=config.rank.step,
+                config.factors.given,
+                most_rank(e, config.factors.base),
+                step=config.factors.step,
             ),
             *[0] * (e.num_experts - kept[path]),
         )
@@ -81,12 +81,11 @@ def drops(
 ) -> dict[str, int]:
     """How many experts each module drops; the same share everywhere if importance is not known. Errors as of `drop_counts`."""
     sizes = {path: experts.num_experts for path, experts in structure.experts.items()}
-    slots = slots_of(structure.model) or 1
     found = drop_counts(
         [sum(importance[path]) if path in importance else 1.0 for path in sizes],
         list(sizes.values()),
-        config.ratio,
-        [_least(slots, routers[path], count) for path, count in sizes.items()],
+        config.share,
+        [least_kept(structure, routers[path], count) for path, count in sizes.items()],
         [routers[path].groups for path in sizes],
     )
     return dict(zip(sizes, found, strict=True))
@@ -94,14 +93,15 @@ def drops(
 
 def kept_counts(structure: Structure, config: MCMoEConfig) -> dict[str, int]:
     """How many experts each module keeps; before they are chosen, as if all dropped the same share."""
-    if config.prune is None or structure.kept:
+    if config.drops is None or structure.kept:
         return {path: len(structure.kept_of(path)) for path in structure.experts}
-    dropped = drops(structure, config.prune, routers_for(structure, config.prune), {})
+    dropped = drops(structure, config.drops, routers_for(structure, config.drops), {})
     return {path: experts.num_experts - dropped[path] for path, experts in structure.experts.items()}
 
 
-def _least(slots: int, router: Router, experts: int) -> int:
+def least_kept(structure: Structure, router: Router, experts: int) -> int:
     """Experts that a layer keeps at least: those of a token, which lie in the groups that are chosen first."""
+    slots = slots_of(structure.model) or 1
     if router.groups == 1:
         return slots
     chosen = max(1, int(getattr(router.module, "topk_group", 1) or 1))

@@ -7,7 +7,7 @@ Knows layers and widths on dense activations; it does not choose.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers_mcmoe.calibration.statistics import (
     ExpertInputs,
     OutputNorms,
     Outputs,
+    carried,
     hessian_error,
     output_errors,
 )
@@ -47,6 +48,7 @@ class Measurer:
     Args:
         watcher: looks at its layers.
         meter: shows progress.
+        also: called with every layer and experts path, while it is loaded.
 
     Attributes:
         norms: by experts path, the norm of the hidden states behind its layer.
@@ -55,8 +57,8 @@ class Measurer:
         linears: width -> eps of every linear layer that has a choice, by path.
     """
 
-    def __init__(self, watcher: Watcher, meter: Meter) -> None:
-        self._watcher, self._meter = watcher, meter
+    def __init__(self, watcher: Watcher, meter: Meter, also: Callable[[int, str], None] | None = None) -> None:
+        self._watcher, self._meter, self._also = watcher, meter, also
         self._structure, self._runner, self._config = watcher.structure, watcher.runner, watcher.config
         self.norms: dict[str, float] = {}
         self.places: dict[str, int] = {}
@@ -65,12 +67,17 @@ class Measurer:
 
     def run(self, layers: range) -> None:
         """Measure all layers."""
-        self._runner.restart(measured_sequences(*self._runner.tokens.shape))
+        judged = self._runner.judged
+        self._runner.restart(
+            judged + measured_sequences(len(self._runner.tokens) - judged, self._runner.tokens.shape[1])
+        )
         for i in layers:
             with self._runner.loaded(i):
                 paths = self._watcher.inside(i, self._structure.experts)
                 for path in paths:
                     self._cost(i, path)
+                    if self._also is not None:
+                        self._also(i, path)
                 chosen = self._measure_linears(i)
                 returned = OutputNorms()
                 with returned.observe(self._structure.model.get_submodule(self._runner.layers[i])):
@@ -82,15 +89,13 @@ class Measurer:
     def scales(self) -> dict[str, float]:
         """By path of what was measured, what its errors are multiplied by, so that those of different layers compare.
 
-        A change stays in the residual stream: every later layer reads it relative to the hidden states there, and so does
-        the head. Errors that are relative already, to the layer's own hidden states, are carried on to those; the head
-        counts as half of the layers (docs/quantization.md). Absolute errors are divided by the norm behind their layer.
+        Errors that are relative already are carried on to the later layers; absolute errors are divided by the norm behind
+        their layer.
         """
         if not self._config.relative_errors:
             return {path: 1 / max(norm, 1e-30) for path, norm in self.norms.items()}
-        reads = [1 / max(norm, 1e-30) ** 2 for norm in self.medians]
-        head = len(reads) / 2 * reads[-1]
-        return {path: ((sum(reads[i:-1]) + head) / reads[i]) ** 0.5 for path, i in self.places.items()}
+        found = carried(self.medians)
+        return {path: found[i] for path, i in self.places.items()}
 
     def _cost(self, i: int, path: str) -> None:
         """Measure what the allocation reads of one experts module."""

@@ -119,17 +119,17 @@ def budgets_of(structure: Structure, config: MCMoEConfig) -> dict[str, int]:
         return {}
     linears = structure.linear_weights()
     kept = kept_counts(structure, config)
-    if config.rank is not None:
-        check_rank(structure, config.rank)
-        routers_for(structure, config.prune)
+    if config.factors is not None:
+        check_rank(structure, config.factors)
+        routers_for(structure, config.drops)
     if config.only_factors:
         return dict.fromkeys(structure.experts, 0)
     sizes = [LayerSize(kept[path], structure.expert_weights(path)) for path in structure.experts]
     fixed = sum(linears[path] * bits for path, bits in structure.linears.items())
-    if config.rank is not None:
+    if config.factors is not None:
         ranks = planned_ranks(structure, config, kept)
         per_rank = {
-            p: config.rank.bits * sum(m.out_features + m.in_features for m in e.projections)
+            p: config.factors.bits * sum(m.out_features + m.in_features for m in e.projections)
             for p, e in structure.experts.items()
         }
         fixed += sum(per_rank[path] * sum(own) for path, own in ranks.items())

@@ -137,7 +137,7 @@ def _even(kept: int, count: int, config: MCMoEConfig, budget: int, ranks: tuple[
     else:
         choice = uniform(kept, config.expert_bits, budget, np.random.default_rng(config.seed))
         widths = (*(config.expert_bits[index] for index in choice), *[0] * (count - kept))
-    return ExpertWidths(widths, widths, ranks, config.rank.bits if config.rank is not None else 0)
+    return ExpertWidths(widths, widths, ranks, config.factors.bits if config.factors is not None else 0)
 
 
 class _Clock:
@@ -170,8 +170,8 @@ class _Clock:
         measured = config.plan is None and config.allocation in MEASURED
         errors = self._measuring() if measured else 0.0
         found = {}
-        if (config.prune is not None or config.rank is not None) and config.plan is None:
-            found["structure"] = self._dropping(config.prune or PruneConfig(method="reap"))
+        if (config.drops is not None or config.factors is not None) and config.plan is None:
+            found["structure"] = self._dropping(config.drops or PruneConfig(method="reap"))
         if config.tuning_steps:
             taught = sequences_for(config.tuning_steps, config.seq_len) / config.num_samples
             found["teach"] = self._forward() * min(1.0, taught)
@@ -196,7 +196,7 @@ class _Clock:
             hidden = experts.projections[0].in_features
             each = 2 * used * (self._structure.expert_weights(path) + count * hidden)
             seconds += (1 if prune.uniform else 2) * count * each / self._rate
-            dropped = round(prune.ratio * count)
+            dropped = round(prune.share * count)
             few = search_is_exhaustive(count, dropped)
             sets = math.comb(count, dropped) if few else prune.population * prune.generations
             sets = count + sets if prune.method in ("moe_i2", "naee") else 0

@@ -19,7 +19,7 @@ from transformers_mcmoe.calibration.hessians import (
     observe_linears,
     probe_inputs,
 )
-from transformers_mcmoe.config import MCMoEConfig, RankConfig
+from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.memory import return_free_memory
 from transformers_mcmoe.models.experts import Experts, Projection
 from transformers_mcmoe.models.stream import LayerRunner
@@ -153,8 +153,9 @@ class ExpertRounder:
         """Packed a [r, in] and b [out, r]; b is fitted to a as it was rounded, and rounded behind it."""
         config = self._config
         total = self._totals[role][n] if role in self._totals else None
-        rank_config = config.rank if config.rank is not None else RankConfig()
-        a, _ = factorize(weight, rank, total if rank_config.whitened else None)
+        whitened = config.rank is None or config.rank.whitened
+        seen = total if whitened else None
+        a, _ = factorize(weight, rank, seen)
         size = group_size_for(weight.shape[1], config.group_size)
         inner = group_size_for(rank, config.group_size)
         if total is None:
@@ -165,7 +166,7 @@ class ExpertRounder:
         rounded = first.dequantize()
         behind = (rounded @ total @ rounded.T)[None]
         factor = Factor.of(behind, inner, damping=config.damping, act_order=config.act_order, name="a low-rank factor")
-        b = fit_left(weight, rounded, total)
+        b = fit_left(weight, rounded, seen)
         return pack(first), pack(gptq(b[None], factor, bits, self._grid, self._refits, self._sweeps))
 
     def _quantize(self, weight: Tensor, role: str, part: list[int], bits: int) -> Quantized:

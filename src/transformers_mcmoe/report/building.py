@@ -41,7 +41,7 @@ def build_report(model: nn.Module, config: MCMoEConfig, result: Compressed) -> d
         `model`, `base_model` (Hub id, None for a local one), `license` (of a local model's own card), `dtype` of what stays
         dense, `average_bits` (codes only), `bits_per_weight` (bytes x 8 / weights over the quantized matrices, scales and
         zeros included), `expert_bits` per layer (gate and up) and `down_bits`, `routing_ratios` (quantiles of smaller over largest routing weights per
-        layer and slot, see `RatioTable`), `dropped_experts` (None if there are none; `_dropped`), `activated_bytes_per_token` (bytes of
+        layer and slot, see `RatioTable`), `dropped_experts` (None if there are none; `_dropped`), `compared_plans` (KL divergence of two plans on sequences kept for that, or None), `activated_bytes_per_token` (bytes of
         weights read for one token, by the calibration's routing; None without calibration), `coverage`, `errors` by width, `role_errors` by
         role and width where roles have widths of their own, `fallbacks`, `sizes` in bytes,
         `seconds` by stage, `calibration_source` and `calibration_sha256` (of the token ids), `plan_given`, `versions`, `config`.
@@ -62,6 +62,7 @@ def build_report(model: nn.Module, config: MCMoEConfig, result: Compressed) -> d
         "ranks": {path: list(widths.ranks) for path, widths in result.plan.experts.items() if any(widths.ranks)},
         "down_bits": {path: "".join(map(str, widths.down)) for path, widths in result.plan.experts.items()},
         "dropped_experts": _dropped(result),
+        "compared_plans": result.compared,
         "activated_bytes_per_token": _activated_bytes(model, config, result),
         "routing_ratios": _ratios(config, result),
         "coverage": {path: _coverage(layer) for path, layer in result.layers.items() if layer.routing is not None},

@@ -74,6 +74,7 @@ def open_runner(
     device: torch.device,
     batch: int,
     limit: int | None = None,
+    judged: int = 0,
 ) -> LayerRunner:
     """A runner for a model's decoder layers: streamed where possible, else with the whole model loaded.
 
@@ -88,6 +89,7 @@ def open_runner(
         device: where layers run.
         batch: sequences per forward pass.
         limit: bytes that a model which cannot be streamed may take.
+        judged: see `LayerRunner`; 0 for a model that cannot be streamed.
 
     Raises:
         ValueError: the model cannot be streamed and is larger than `limit`, or the checkpoint does not fit it.
@@ -99,7 +101,7 @@ def open_runner(
     try:
         if len(stacks) > 1:
             raise NotStreamable(f"its experts lie in {len(stacks)} stacks of layers ({', '.join(stacks)})")
-        return LayerStream(weights, layers, tokens, work_dir, batch)
+        return LayerStream(weights, layers, tokens, work_dir, batch, judged)
     except NotStreamable as error:
         size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
         if limit is not None and size > limit:

@@ -31,6 +31,7 @@ class LayerRunner(ABC):
         tokens: [N, T] all of them.
         reason: why the whole model is held in memory, or None.
         recomputes: every run starts from the tokens, so that `advance` is not needed between layers.
+        judged: leading sequences that `replay` passes over: what is fitted to the tokens is judged on these.
     """
 
     weights: Weights
@@ -39,6 +40,7 @@ class LayerRunner(ABC):
     tokens: Tensor
     reason: str | None = None
     recomputes = False
+    judged = 0
 
     @abstractmethod
     def restart(self, sequences: int | None = None) -> None:
@@ -63,12 +65,19 @@ class LayerRunner(ABC):
     def advance(self, i: int) -> float:
         """As `replay`, but the outputs become the next layer's inputs; returns their Frobenius norm."""
 
-    def states(self) -> list[Tensor]:
-        """Copies of what enters the next layer, [B, T, H] of every batch; none where layers do not run apart."""
+    def states(self, judged: bool = False) -> list[Tensor]:
+        """Copies of what enters the next layer, [B, T, H] of every batch, or of those that are judged only.
+
+        None where layers do not run apart.
+        """
         return []
 
     def through(self, i: int, states: Sequence[Tensor]) -> list[Tensor]:
         """What layer i returns for these states of all batches, in the place of its own inputs."""
+        raise NotImplementedError("The layers of this model do not run one by one.")
+
+    def divergence(self, states: Sequence[Tensor], dense: Sequence[Tensor]) -> float:
+        """Mean KL divergence in nats of the next token's distribution for states behind the last layer, from that for others."""
         raise NotImplementedError("The layers of this model do not run one by one.")
 
     def losses(self, states: Iterable[Sequence[Tensor]]) -> list[float]:

@@ -43,14 +43,30 @@ class LayerStream(LayerRunner):
         NotStreamable: the layers are not a chain, or need more than their recorded arguments.
     """
 
-    def __init__(self, weights: Weights, layers: list[str], tokens: Tensor, work_dir: Path, batch: int) -> None:
+    def __init__(
+        self, weights: Weights, layers: list[str], tokens: Tensor, work_dir: Path, batch: int, judged: int = 0
+    ) -> None:
         self.weights, self.layers, self.sequences = weights, layers, len(tokens)
         self._modules = [weights.model.get_submodule(path) for path in layers]
         self._keys = self._group_keys()
-        self._batches = [slice(start, start + batch) for start in range(0, len(tokens), batch)]
-        self._batch = batch
+        self._batch, self.judged = batch, judged
+        self._batches = self._split(len(tokens))
         self.tokens, self._path = tokens, work_dir / "hidden_states.bin"
         self._record()
+
+    def _split(self, sequences: int) -> list[slice]:
+        """Batches of the first sequences; judged ones are in batches of their own."""
+        parts = [(0, min(self.judged, sequences)), (self.judged, sequences)]
+        return [
+            slice(start, min(start + self._batch, stop))
+            for first, stop in parts
+            for start in range(first, stop, self._batch)
+        ]
+
+    @property
+    def _skipped(self) -> int:
+        """Batches of judged sequences."""
+        return -(-min(self.judged, self.sequences) // self._batch)
 
     def _group_keys(self) -> dict[int, list[str]]:
         """Checkpoint keys by layer, -1 for those outside the layers; the output head is not needed and left out."""
@@ -138,9 +154,7 @@ class LayerStream(LayerRunner):
 
     def restart(self, sequences: int | None = None) -> None:
         self.sequences = min(sequences or len(self.tokens), len(self.tokens))
-        self._batches = [
-            slice(start, min(start + self._batch, self.sequences)) for start in range(0, self.sequences, self._batch)
-        ]
+        self._batches = self._split(self.sequences)
         self._embed()
 
     @contextmanager
@@ -167,8 +181,9 @@ class LayerStream(LayerRunner):
         output = self._modules[i](hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def states(self) -> list[Tensor]:
-        return [self._hidden[batch].to(self.weights.device, copy=True) for batch in self._batches]
+    def states(self, judged: bool = False) -> list[Tensor]:
+        batches = self._batches[: self._skipped] if judged else self._batches
+        return [self._hidden[batch].to(self.weights.device, copy=True) for batch in batches]
 
     def through(self, i: int, states: Sequence[Tensor]) -> list[Tensor]:
         # a layer may write to what it is given
@@ -177,6 +192,19 @@ class LayerStream(LayerRunner):
     def losses(self, states: Iterable[Sequence[Tensor]]) -> list[float]:
         with self._with_head():
             return [self._loss(own) for own in states]
+
+    @torch.no_grad()
+    def divergence(self, states: Sequence[Tensor], dense: Sequence[Tensor]) -> float:
+        total, count = 0.0, 0
+        with self._with_head():
+            for batch, mine, theirs in zip(self._batches, states, dense, strict=False):
+                for tokens, own, other in zip(self.tokens[batch], mine, theirs, strict=True):
+                    q, p = (
+                        self._logits(tokens[None], x[None]).to(torch.float32).log_softmax(-1) for x in (own, other)
+                    )
+                    total += float((p.exp() * (p - q)).sum(-1).sum(dtype=torch.float64))
+                    count += len(tokens)
+        return total / count
 
     def _loss(self, states: Sequence[Tensor]) -> float:
         total, count = 0.0, 0
@@ -223,7 +251,7 @@ class LayerStream(LayerRunner):
         return kept
 
     def replay(self, i: int, batches: int | None = None) -> None:
-        for index in range(len(self._batches[:batches])):
+        for index in range(len(self._batches))[self._skipped :][:batches]:
             self._run(i, index)
 
     def advance(self, i: int) -> float:
