@@ -6,13 +6,16 @@ VENV ?= .venv
 EXTRAS ?= dev,lora,hqq
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test test-slow check bench format clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python examples/demo.py
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+test-slow: $(STAMP)
+	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m slow
 
 check: $(STAMP)
 	$(VENV)/bin/python -m ruff check .

@@ -26,12 +26,14 @@ def test_they_are_short():
         assert len(path.read_text(encoding="utf-8").splitlines()) < 80, path.name
 
 
+@pytest.mark.slow
 def test_one_liner(tmp_path, capsys):
     _run("one_liner", output=str(tmp_path / "packed"))
     assert (tmp_path / "packed" / "mcmoe_report.json").is_file()
     assert "Return a list of" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_own_calibration_data(tmp_path):
     found = _run("own_calibration_data", page=str(tmp_path / "page.html"), samples=16, measured=8)
     # a domain is kept better by calibration on it
@@ -39,6 +41,7 @@ def test_own_calibration_data(tmp_path):
     assert 'id="compare-frequency"' in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_budget_sweep(tmp_path):
     rows = _run("budget_sweep.sweep", (1.6, 2.54), samples=8, limit=8)
     assert rows[0]["bits_per_weight"] < rows[1]["bits_per_weight"] - 0.8
@@ -48,6 +51,7 @@ def test_budget_sweep(tmp_path):
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_prune_at_run_time():
     found = _run("prune_at_run_time", samples=8, steps=2, limit=8)
     assert found["all experts"]["skipped"] == 0
@@ -57,6 +61,7 @@ def test_prune_at_run_time():
     assert found["ODP, 20%"]["kl"] > found["ODP, 10%"]["kl"] > found["all experts"]["kl"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_lora(tmp_path):
     packed = _run("lora_training.packed_demo", tmp_path, samples=16)

@@ -345,3 +345,58 @@ def test_average_of_matrices():
     both = Matrix("c", 10, 20, 2, 2, 8)
     assert [m.code_bits for m in (plain, factored, both)] == [800, 480, 880]
     assert average_bits([plain, factored]) == pytest.approx(1280 / 400)
+
+
+class TestOnTop:
+    """Adapters and learned pruning over factors, and over dropped experts."""
+
+    @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+    @pytest.mark.parametrize("what", ["factors", "factors beside", "dropped"])
+    def test_lora(self, mixtral, what):
+        pytest.importorskip("peft")
+        from peft import LoraConfig, get_peft_model
+
+        from transformers_mcmoe.integrations.lora import prepare_for_training
+
+        configs = {
+            "factors": alone(),
+            "factors beside": config_for(RankConfig(16, base=True, step=8), bits=6.0, expert_bits=(2, 4)),
+            "dropped": quick_config(bits=2.8, prune=0.25),
+        }
+        model = compressed(mixtral, configs[what])
+        with torch.no_grad():
+            before = model(IDS).logits
+        prepare_for_training(model, gradient_checkpointing=False)
+        adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+        assert not any("low_rank" in name for name, _ in adapted.named_parameters() if "lora_" in name)
+        with torch.no_grad():
+            assert torch.allclose(adapted(input_ids=IDS).logits, before, atol=1e-5)
+        optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+        losses = []
+        for _ in range(4):
+            loss = adapted(input_ids=IDS, labels=IDS).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss))
+        assert losses[-1] < losses[0]
+        if what == "factors":
+            with pytest.raises(
+                ValueError, match="low-rank factors and no matrix that an adapter could be rounded into"
+            ):
+                adapted.merge_and_unload()
+        else:
+            with torch.no_grad():
+                expected = adapted(input_ids=IDS).logits
+                merged = adapted.merge_and_unload()(IDS).logits
+            assert (merged - expected).norm() < (before - expected).norm()
+
+    @pytest.mark.parametrize("what", ["factors", "dropped"])
+    def test_learned_pruning(self, mixtral, what):
+        from transformers_mcmoe import expert_pruning_stats, train_expert_pruning
+
+        model = compressed(mixtral, alone() if what == "factors" else quick_config(bits=2.8, prune=0.25))
+        train_expert_pruning(model, tokens(8, 32), target=0.2)
+        with torch.no_grad():
+            assert torch.isfinite(model(IDS).logits).all()
+        assert expert_pruning_stats(model)["prefill"]["slots_skipped"] > 0

@@ -56,6 +56,7 @@ def _run(*command: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_numbers():
     out = _run("-m", "pytest", "gpu_kernels.py", "-q", "-p", "no:cacheprovider", TRITON_INTERPRET="1")
     passed = re.search(r"(\d+) passed", out)
@@ -64,6 +65,7 @@ def test_numbers():
     assert "skipped" not in out
 
 
+@pytest.mark.slow
 def test_compiles(tmp_path: Path):
     """The gate-up, down and plain products of both kernels, for NVIDIA's sm80, sm90 and sm100 and AMD's gfx942."""
     out = _run("-c", COMPILE, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
