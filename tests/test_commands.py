@@ -81,6 +81,7 @@ def test_every_argument_of_the_config_is_an_option():
         MCMoEConfig(otp=OTPConfig(target=0.3, steps=5)),
         MCMoEConfig(prune=0.25),
         MCMoEConfig(rank=128),
+        MCMoEConfig(2.2, prune="auto", rank="auto"),
         MCMoEConfig(3.0, rank=RankConfig(32, base=True), prune=0.25),
         MCMoEConfig(prune=PruneConfig(0.4, method="reap", tokens=512)),
         MCMoEConfig(odp=True),

@@ -20,10 +20,12 @@ from transformers_mcmoe import (
     set_expert_pruning,
 )
 from transformers_mcmoe.config.structure import METHODS
+from transformers_mcmoe.integrations.card import build_card
 from transformers_mcmoe.models.experts import find_experts
 from transformers_mcmoe.models.routers import Router, SlicedRouter
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.pipeline.preview import preview
+from transformers_mcmoe.plan import ExpertWidths, Plan
 
 IDS = tokens(2, 24)
 PAPERS = ("mixtral", "qwen2_moe", "deepseek_v2")  # the families of MoE-I2
@@ -130,6 +132,35 @@ def test_dequantized(folder):
 
 
 @torch.no_grad()
+def test_a_loaded_router_does_not_sample(tmp_path):
+    """PhiMoE's router is random while it trains: what is loaded computes as it was calibrated."""
+    spread(tiny_model("phimoe")).save_pretrained(tmp_path / "dense")
+    compressed(tmp_path / "dense", config_for(0.25)).save_pretrained(tmp_path / "packed")
+    model = load(tmp_path / "packed")
+    assert torch.equal(model(IDS).logits, model(IDS).logits)
+    plain = model.dequantize()
+    assert torch.equal(plain(IDS).logits, plain(IDS).logits)
+
+
+@torch.no_grad()
+def test_target_size(mixtral):
+    """The size is met by what is kept."""
+    model = compressed(mixtral, config_for(0.25, bits=2.54, target_size="400KB", expert_bits=(1, 2, 3, 4, 8)))
+    size = compression_report(model)["sizes"]["total_bytes"]
+    assert 360e3 < size <= 400e3
+
+
+def test_cards_and_reports(mixtral):
+    model = compressed(mixtral, config_for(0.25))
+    report = json.loads(json.dumps(compression_report(model)))
+    text = str(build_card("me/packed", report, {}))
+    assert "4 of 16 experts were dropped" in text
+    assert "--prune-options" in text
+    del report["dropped_experts"]  # of an earlier release
+    assert "were dropped" not in str(build_card("me/packed", report, {}))
+
+
+@torch.no_grad()
 def test_generation(folder):
     model = compressed(folder, config_for(0.25))
     out = model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
@@ -224,6 +255,35 @@ class TestRefused:
         model = compressed(tmp_path, config_for(0.25, bits=4.0))
         (kept,) = (widths.kept for widths in plan_of(model).experts.values())
         assert [sum(e // 4 == g for e in kept) for g in range(2)] == [3, 3]
+
+    @pytest.mark.parametrize(
+        ("family", "kept", "message"),
+        [
+            ("mixtral", (3,), "keeps 1 experts of 'model.layers.0.mlp.experts', but its router sends tokens to 2"),
+            ("deepseek_v3", (0, 1, 2, 3, 4, 5), "must keep equally many"),
+            ("dbrx", (3,), "keeps 1 experts of 'transformer.blocks.0.ffn.experts', but its router sends tokens to 2"),
+        ],
+    )
+    def test_plans(self, family, kept, message, tmp_path):
+        """A given plan is checked before anything is run."""
+        save_dense(family, tmp_path)
+        with torch.device("meta"):
+            structure = Structure(tiny_model(family))
+        widths = ExpertWidths.of([2 if e in kept else 0 for e in range(8)])
+        plan = Plan(dict.fromkeys(structure.experts, widths), {})
+        with pytest.raises(ValueError, match=message):
+            compressed(tmp_path, quick_config(plan=plan))
+
+    def test_none_at_all(self, mixtral):
+        with pytest.raises(ValueError, match=r"prune=0\.01 drops none of 16 experts; give 0\.0625 at least"):
+            compressed(mixtral, config_for(0.01))
+
+    def test_loss_without_a_head(self, mixtral):
+        from transformers import MixtralModel
+
+        config = config_for(PruneConfig(0.25, importance="loss"))
+        with pytest.raises(ValueError, match="MixtralModel has no output head, which"):
+            MixtralModel.from_pretrained(mixtral, quantization_config=config, dtype=torch.float32)
 
     def test_a_budget_that_the_kept_experts_cannot_spend(self, mixtral):
         with pytest.raises(ValueError, match="without its dropped experts lies between"):

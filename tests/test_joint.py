@@ -147,8 +147,31 @@ class TestRefused:
             raise streamed.NotStreamable("its layers need each other")
 
         monkeypatch.setattr(streamed.LayerStream, "_probe", refuse)
-        with pytest.raises(NotImplementedError, match=r"'auto' compares two plans .* \(its layers need each other\)"):
+        with pytest.raises(
+            NotImplementedError,
+            match=r"auto runs hidden states through single layers, .* \(its layers need each other\)",
+        ):
             compressed(folder, config_for(prune="auto"))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (
+                {"prune": "auto", "rank": 64},
+                "prune='auto' is not valid: it must be used without a number for the other",
+            ),
+            (
+                {"prune": 0.25, "rank": "auto"},
+                "rank='auto' is not valid: it must be used without a number for the other",
+            ),
+            ({"prune": "auto", "activations": "dense"}, "used with activations='compressed'"),
+            ({"prune": "auto", "num_samples": 1}, "num_samples=1 is not valid: it must be 2 or more"),
+            ({"prune": {"ratio": "auto", "method": "reap"}}, "left without method"),
+        ],
+    )
+    def test_what_does_not_go_together(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            MCMoEConfig(**options)
 
     def test_options(self):
         assert MCMoEConfig(prune="auto").prune == PruneConfig("auto")

@@ -32,7 +32,7 @@ def _expert_plan(gate_up: Any, down: Any) -> dict[str, Any]:
 
 def test_to_dict():
     assert PLAN.to_dict() == {
-        "version": 1,
+        "version": 2,
         "experts": {
             "model.layers.0.mlp.experts": {"gate_up": "1230", "down": "1230"},
             "model.layers.1.mlp.experts": {"gate_up": "8402", "down": "4803"},

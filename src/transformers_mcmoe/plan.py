@@ -125,8 +125,9 @@ class Plan:
             key: "".join(str(widths.get(layer, "-")) for layer in range(max(widths) + 1))
             for key, widths in patterns.items()
         }
-        # releases before 2 would take an expert without a matrix for a dropped one
-        version = 2 if any(any(widths.ranks) for widths in self.experts.values()) else 1
+        # releases before 2 know no ranks, and let tokens be routed to dropped experts
+        changed = any(any(w.ranks) or not all(w.gate_up) for w in self.experts.values())
+        version = 2 if changed else 1
         return {"version": version, "experts": experts, "linears": linears}
 
     @classmethod

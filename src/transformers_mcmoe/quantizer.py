@@ -32,6 +32,7 @@ from transformers.utils.hub import extract_commit_hash
 from transformers_mcmoe.config import QUANT_METHOD, MCMoEConfig, ODPConfig, OTPConfig
 from transformers_mcmoe.models.experts import Experts, FusedExperts, ListExperts
 from transformers_mcmoe.models.names import packed_conversions
+from transformers_mcmoe.models.routers import SlicedRouter
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.nn import PackedExperts, PackedLinear
 from transformers_mcmoe.nn.checks import check_grids, check_tensors
@@ -232,6 +233,8 @@ class MCMoEHfQuantizer(HfQuantizer):
                 model.set_submodule(path, _dense_linear(module, dtype))
         for name in ("save_pretrained", "push_to_hub"):
             model.__dict__.pop(name, None)
+            if any(isinstance(module, SlicedRouter) for module in model.modules()):
+                model.__dict__[name] = _refuse_saving
         # names revert by the family's own mapping again, experts included
         model.__dict__.pop("_weight_conversions", None)
         if pruning is not None:
@@ -266,6 +269,14 @@ def push_to_hub(self: Any, repo_id: str, **kwargs: Any) -> Any:
     from transformers_mcmoe.integrations import hub
 
     return hub.push_to_hub(self, repo_id, **kwargs)
+
+
+def _refuse_saving(*args: Any, **kwargs: Any) -> None:
+    """In the place of `save_pretrained` of a model with dropped experts that was dequantized."""
+    raise ValueError(
+        "This model was dequantized and some of its experts were dropped: routers would find them again once it is loaded. "
+        "Save transformers_mcmoe.unpack(packed_model), which renumbers the others."
+    )
 
 
 def _tell_peft() -> None:

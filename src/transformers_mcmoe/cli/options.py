@@ -73,9 +73,9 @@ HELP = {
     "work_dir": "folder for intermediate files; default a hidden one beside the output.",
     "max_memory": "memory that compression may take, e.g. 12GB; checked against the estimate before it starts.",
     "plan": "JSON file with the width of every expert, used instead of the allocation.",
-    "prune": "share of all experts to drop for good, e.g. 0.25; --bits stays the average over all weights (docs/structure.md).",
+    "prune": "share of all experts to drop for good, e.g. 0.25, or auto; --bits stays the average over all weights (docs/structure.md).",
     "prune_options": 'further fields of PruneConfig as JSON, e.g. \'{"method": "reap"}\'. Implies --prune.',
-    "rank": "mean rank of two factors that take the place of every expert's matrices, e.g. 128 (docs/structure.md).",
+    "rank": "mean rank of two factors that take the place of every expert's matrices, e.g. 128, or auto (docs/structure.md).",
     "rank_options": "further fields of RankConfig as JSON, e.g. '{\"base\": true}'. Implies --rank.",
     "odp": "skip experts by thresholds on routing weights (docs/pruning.md).",
     "odp_rate": "share of routed expert bytes to skip, e.g. 0.15; default the median rule. Implies --odp.",
@@ -98,9 +98,9 @@ TYPES: dict[str, tuple[Any, Any]] = {
     "max_memory": (str | None, None),
     "device": (str | None, None),
     "plan": (Path | None, None),
-    "prune": (float | None, None),
+    "prune": (str | None, None),
     "prune_options": (str | None, None),
-    "rank": (float | None, None),
+    "rank": (str | None, None),
     "rank_options": (str | None, None),
     "odp": (bool, False),
     "odp_rate": (float | None, None),
@@ -174,7 +174,7 @@ def config_of(options: Mapping[str, Any], **more: Any) -> MCMoEConfig:
 def _structure(kind: Any, name: str, main: str, options: Mapping[str, Any]) -> Any:
     fields = _json(f"{name}_options", options[f"{name}_options"])
     if options[name] is not None:
-        fields[main] = options[name]
+        fields[main] = options[name] if options[name] == "auto" else _number(name, options[name])
     asked = options[name] is not None or options[f"{name}_options"] is not None
     return _pruning(kind, f"{name}_options", fields) if asked else None
 
@@ -224,6 +224,13 @@ def _at_least(text: str | None) -> dict[int, int] | None:
         return {_integer("at_least", width): int(count) for width, count in _json("at_least", text).items()}
     pairs = [pair.partition(":") for pair in text.split(",")]
     return {_integer("at_least", width): _integer("at_least", count) for width, _, count in pairs}
+
+
+def _number(option: str, word: str) -> float:
+    try:
+        return float(word)
+    except ValueError as error:
+        raise Refused(f"--{option} is {word!r}, where a number or 'auto' should be.") from error
 
 
 def _integer(option: str, word: str) -> int:

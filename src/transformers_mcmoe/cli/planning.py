@@ -7,7 +7,6 @@ import dataclasses
 import json
 import logging
 import shutil
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,8 +19,9 @@ from transformers_mcmoe.cli.console import progress, say, show_json, show_pairs,
 from transformers_mcmoe.cli.loading import is_packed, model_class, read_config
 from transformers_mcmoe.cli.options import compression_options, config_of
 from transformers_mcmoe.models.stream import checkpoint_files
+from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.pipeline import allocate
-from transformers_mcmoe.pipeline.preview import Preview, preview
+from transformers_mcmoe.pipeline.preview import Preview, per_layer, preview
 from transformers_mcmoe.plan import Plan
 from transformers_mcmoe.progress import duration, size
 from transformers_mcmoe.workdir import write_whole
@@ -64,7 +64,7 @@ def plan(
     looked = preview(empty, config, dtype=kind)
     chosen = _measured(model, empty, options, kind) if measure or save is not None else None
     if chosen is not None:
-        layers = {path: statistics.fmean(widths.gate_up) for path, widths in chosen.experts.items()}
+        layers = per_layer(Structure(empty), chosen)
         looked = dataclasses.replace(looked, layers=layers, decided=True)
         if save is not None:
             write_whole(save, json.dumps(chosen.to_dict(), indent=1) + "\n")

@@ -34,7 +34,7 @@ class PruneConfig:
         importance: of an expert, for "moe_i2": "local" is the change of its block's output without it, "loss" that of the
             model's loss, which takes a pass through the later layers for every expert.
         tokens: calibration tokens that blocks are looked at on; fewer where experts are so many that their inner
-            products would take more than 256 MB.
+            products, of `field` layers together, would take more than 192 MB.
         candidates: K, sets of each layer that are combined with those of its neighbours.
         field: T, layers whose sets are combined.
         population: of the genetic search, where not all sets can be tried.
@@ -58,6 +58,14 @@ class PruneConfig:
         check(share or self.auto, "prune", self.ratio, "a share in (0, 1), or 'auto'")
         check(self.method in METHODS, "method", self.method, f"one of {METHODS}")
         check(self.importance in IMPORTANCES, "importance", self.importance, f"one of {IMPORTANCES}")
+        fixed = ("method", "importance", "candidates", "field", "population", "generations")
+        given = [name for name in fixed if getattr(self, name) != type(self).__dataclass_fields__[name].default]
+        check(
+            not (self.auto and given),
+            "prune",
+            "auto",
+            f"left without {', '.join(given)}, which the program has no use for",
+        )
         local = self.importance == "local" or self.method == "moe_i2"
         check(
             local, "importance", self.importance, "'local' with another method than 'moe_i2', which has no use for it"
@@ -78,7 +86,7 @@ class PruneConfig:
         return 0.0 if isinstance(self.ratio, str) else self.ratio
 
     @property
-    def uniform(self) -> bool:
+    def even(self) -> bool:
         """Whether all layers drop the same share."""
         return self.method != "moe_i2"
 
@@ -105,7 +113,8 @@ class RankConfig:
         bits: width of the factors.
         base: keep the matrices, at the widths that `bits` of the compression allows, and let factors make up for their rounding; their
             codes count in that average. Without it the average follows from the ranks.
-        whitened: factors change the experts' outputs on calibration tokens least; else their matrices, as in the paper.
+        whitened: factors change the experts' outputs on calibration tokens least; else, or with rounding="nearest", their matrices, as in
+            the paper.
         exponent: of an expert's importance, by which ranks differ in a layer; 0 for one rank.
         step: ranks are multiples of it.
 
@@ -127,8 +136,12 @@ class RankConfig:
         for name in ("base", "whitened"):
             check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         check(is_number(self.exponent) and self.exponent >= 0, "exponent", self.exponent, "a number >= 0")
-        step = isinstance(self.step, int) and self.step > 0 and self.step % 8 == 0
-        check(step, "step", self.step, "a positive multiple of 8")
+        step = isinstance(self.step, int) and self.step > 0 and self.step % 32 == 0
+        check(step, "step", self.step, "a positive multiple of 32, as groups of columns are")
+        plain = not self.base and self.exponent == 0.15
+        check(
+            plain or not self.auto, "rank", "auto", "left without base and exponent, which the program has no use for"
+        )
         check(self.auto or self.mean >= self.step, "rank", self.mean, f"at least step={self.step}")  # type: ignore[operator]
 
     @property

@@ -97,6 +97,14 @@ def validate(config: MCMoEConfig) -> None:
         config.target_size,
         f"left out with bits={config.bits}: both set the size",
     )
+    for name, part, other in (("prune", config.prune, config.rank), ("rank", config.rank, config.prune)):
+        if part is None or not part.auto:
+            continue
+        check(other is None or other.auto, name, "auto", "used without a number for the other of prune and rank")
+        check(config.activations == "compressed", name, "auto", "used with activations='compressed'")
+        check(
+            config.num_samples > 1, "num_samples", config.num_samples, "2 or more with 'auto', which keeps some apart"
+        )
     check(
         not config.joint or config.whole,
         "prune" if config.drops is None and config.prune else "rank",

@@ -115,7 +115,9 @@ def build_card(
         parts=_parts(report),
         experts=_experts(report),
         license=facts.get("license"),
-        mixed=any(len(set(widths)) > 1 for widths in report["expert_bits"].values()),
+        mixed=any(len(set(widths) - {"0"}) > 1 for widths in report["expert_bits"].values()),
+        widths=sorted({width for own in report["expert_bits"].values() for width in own} - {"0"}),
+        factored=_factored(report),
         command=command_line(report, base_model or model_name(report), repo_id.rpartition("/")[2]),
         source=source,
         figures=figures or {},
@@ -146,6 +148,12 @@ def _parts(report: Mapping[str, Any]) -> list[tuple[str, str, int]]:
             what = "embeddings, output head" if name.startswith("embeddings") else "routers, norms, all else"
             rows.append((what, f"not quantized, {dtype}", count))
     return rows
+
+
+def _factored(report: Mapping[str, Any]) -> str:
+    """Ranks and width of low-rank factors, "" without any."""
+    ranks = [rank for own in (report.get("ranks") or {}).values() for rank in own if rank]
+    return f"ranks {min(ranks)} to {max(ranks)}, {report['config']['rank']['bits']} bits" if ranks else ""
 
 
 def _experts(report: Mapping[str, Any]) -> tuple[int, int]:
@@ -203,7 +211,7 @@ def command_line(report: Mapping[str, Any], model: str, output: str) -> str:
     config = report["config"]
     words = ["mcmoe", "compress", model or "MODEL", "--output", output]
     rank = config.get("rank")
-    if not rank or rank["base"]:  # the average follows from ranks alone
+    if not rank or rank["base"] or rank["mean"] == "auto":  # else the average follows from ranks alone
         words += ["--bits", f"{config['average_bits']:g}"]
     defaults = MCMoEConfig(preset=config.get("preset")).to_dict()
     if config.get("preset"):

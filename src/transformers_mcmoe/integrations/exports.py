@@ -18,6 +18,7 @@ from transformers_mcmoe.models.experts import find_experts
 from transformers_mcmoe.models.routers import Router
 from transformers_mcmoe.nn import PackedExperts, PackedLinear
 from transformers_mcmoe.plan import Plan
+from transformers_mcmoe.routing.prunable import base_implementation
 
 # names that model configs have for E
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -42,11 +43,7 @@ def unpack(model: Any, dtype: torch.dtype | None = None) -> Any:
     if not isinstance(getattr(quantizer, "quantization_config", None), MCMoEConfig):
         raise ValueError(f"This {type(model).__name__} was not compressed by transformers_mcmoe.")
     plan = quantizer.quantization_config.plan
-    for path, module in model.named_modules():
-        if isinstance(module, PackedExperts | PackedLinear) and any(p.is_meta for p in module.parameters()):
-            raise ValueError(f"'{path}' is offloaded; load the model without disk offload to unpack it.")
-        if isinstance(module, PackedExperts) and not module.is_plain:
-            raise ValueError(f"'{path}' has adapters; call merge_and_unload() or unload() before unpacking.")
+    _check(model, plan)
     dtype = dtype or model.dtype
     with torch.device("meta"):
         plain = type(model)._from_config(_config(model, plan), dtype=dtype)
@@ -59,6 +56,9 @@ def unpack(model: Any, dtype: torch.dtype | None = None) -> Any:
 def _config(model: Any, plan: Plan) -> Any:
     """The model's config with as many experts as are kept."""
     config = copy.deepcopy(model.config)
+    for part in _parts(config):  # run-time pruning computes attention by a function of its own
+        if getattr(part, "_attn_implementation", None) is not None:
+            part._attn_implementation = base_implementation(part)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     found = {len(widths.kept) for widths in plan.experts.values()}
@@ -91,41 +91,59 @@ def _parts(config: Any) -> Iterator[Any]:
             yield from _parts(value)
 
 
-def _routers(model: Any, plan: Plan) -> dict[str, list[int]]:
-    """Rows that routers keep, by the beginning of their tensors' names."""
+def _check(model: Any, plan: Plan) -> None:
+    """Raise ValueError if a part of the model has no place in a plain one."""
+    for path, module in model.named_modules():
+        if isinstance(module, PackedExperts | PackedLinear) and any(p.is_meta for p in module.parameters()):
+            raise ValueError(f"'{path}' is offloaded; load the model without disk offload to unpack it.")
+        if (isinstance(module, PackedExperts) and not module.is_plain) or hasattr(module, "base_layer"):
+            raise ValueError(f"'{path}' has adapters; call merge_and_unload() or unload() before unpacking.")
+    for path, widths in plan.experts.items():
+        if len(widths.kept) < len(widths.gate_up) and not isinstance(model.get_submodule(path), PackedExperts):
+            raise ValueError(
+                f"The experts at '{path}' are modules in a list, which cannot be renumbered; keep the packed model."
+            )
+
+
+def _rows_of(model: Any, plan: Plan) -> dict[str, list[int]]:
+    """Rows that are kept of what has one for each expert, by the beginning of its name: the router, and the block around it."""
     rows = {}
     for path, widths in plan.experts.items():
-        module = model.get_submodule(path)
-        if all(widths.gate_up):
+        if len(widths.kept) == len(widths.gate_up):
             continue
-        if not isinstance(module, PackedExperts):
-            raise ValueError(
-                f"The experts of class {type(module).__name__} at '{path}' are modules in a list, which cannot be renumbered; keep "
-                "the packed model."
-            )
-        experts = module.adapter
+        experts = model.get_submodule(path).adapter
         identity = range(experts.num_experts, experts.num_experts + experts.identity_experts)
-        rows[Router(model, experts).path + "."] = [*widths.kept, *identity]
+        for prefix in (Router(model, experts).path, path.rpartition(".")[0]):
+            rows[prefix + "."] = [*widths.kept, *identity]
     return rows
 
 
 def _fill(plain: Any, model: Any, plan: Plan, dtype: torch.dtype) -> None:
     """Give a model on meta its weights."""
-    rows = _routers(model, plan)
+    rows = _rows_of(model, plan)
     sources = dict(model.named_parameters()) | dict(model.named_buffers())
+    own = find_experts(plain)
+    wide = (*(plain._keep_in_fp32_modules or ()), *(plain._keep_in_fp32_modules_strict or ()))
+    inside = tuple(path + "." for path in own if path in plan.experts)
     for name, tensor in [*plain.named_parameters(), *plain.named_buffers()]:
         source = sources.get(name)
         owner, _, leaf = name.rpartition(".")
         packed = _submodule(model, owner)
         if isinstance(packed, PackedLinear):
-            value = packed.dequantize(dtype) if leaf == "weight" else packed.bias.data  # type: ignore[union-attr]
-        elif source is None or source.dtype == torch.uint8:
-            value = torch.zeros(tensor.shape, dtype=tensor.dtype)  # of experts, which follow
+            value = packed.dequantize(dtype) if leaf == "weight" else packed.bias.data.to(dtype)  # type: ignore[union-attr]
+        elif source is not None and source.dtype != torch.uint8:
+            kept = next((kept for prefix, kept in rows.items() if name.startswith(prefix)), [])
+            value = _rows(source.data, tensor.shape, kept)
+            # what is kept in float32 beside weights of 16 bits stays so
+            value = value if value.dtype != model.dtype or any(part in name for part in wide) else value.to(dtype)
+        elif name.startswith(inside):
+            value = torch.zeros(tensor.shape, dtype=dtype)  # of experts, which follow
         else:
-            own = next((own for router, own in rows.items() if name.startswith(router)), [])
-            value = _rows(source.data, tensor.shape, own)
-        _put(plain, name, value.to("cpu", tensor.dtype, copy=True))
-    for path, experts in find_experts(plain).items():
+            raise ValueError(f"The packed model has nothing that could become '{name}'; it cannot be unpacked.")
+        _put(plain, name, value.to("cpu", copy=True))
+    for path, experts in own.items():
+        if path not in plan.experts:
+            continue
         for new, old in enumerate(plan.experts[path].kept):
             for p in experts.projections:
                 source_linear: Any = _packed(model, path, old, p.name)

@@ -88,6 +88,14 @@ class Slice:
 
     def call(self, router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the router returns for its arguments, with the ids of all experts."""
+        if self._twin.training != router.training:
+            self._twin.train(router.training)
+        for own, part in zip(self._twin.children(), router.children(), strict=True):
+            if type(own) is not type(part):
+                raise ValueError(
+                    f"An adapter wraps a part of the {type(self._twin).__name__}, some of whose experts were dropped, and would have no effect; "
+                    "leave the router out of target_modules."
+                )
         if self._masks:
             state = {name: self._masked(name, _tensor(router, name)) for name in self._names}
             args = tuple(map(self._widened, args))

@@ -86,11 +86,6 @@ class Structure:
             if path in self.experts and len(widths.kept) < len(widths.gate_up):
                 self.keep(path, widths.kept)
 
-    def factor_bits(self, path: str) -> int:
-        """Bits of the codes of all factors of a module."""
-        sizes = sum(p.out_features + p.in_features for p in self.experts[path].projections)
-        return self.rank_bits * sizes * sum(self.ranks.get(path, ()))
-
     def expert_weights(self, path: str, role: str | None = None) -> int:
         """Weights of one expert of a module, or of its matrices of a role."""
         projections = (p for p in self.experts[path].projections if role in (None, p.role))

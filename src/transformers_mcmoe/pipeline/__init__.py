@@ -131,7 +131,8 @@ def _prepared(
 ) -> Iterator[tuple[Job, Structure, Tensor | None]]:
     """A job that may begin, its structure and its calibration tokens."""
     started = time.monotonic()
-    if config.tuning_steps:
+    by_loss = config.drops is not None and config.drops.importance == "loss"
+    if config.tuning_steps or (config.plan is None and (config.joint or by_loss)):
         check_head(model)
     device = config.device or torch.device("cpu")
     meter = Meter(config.progress)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers_mcmoe.calibration.statistics import OutputNorms, carried
 from transformers_mcmoe.config import MCMoEConfig, PruneConfig, RankConfig
 from transformers_mcmoe.models.experts import FusedExperts
-from transformers_mcmoe.pipeline.kept import drops, most_rank, routers_for
+from transformers_mcmoe.pipeline.kept import drops, looks, loss_sequences, most_rank, routers_for
 from transformers_mcmoe.pipeline.watching import Watcher
 from transformers_mcmoe.progress import Meter
 from transformers_mcmoe.structure import (
@@ -29,9 +29,6 @@ from transformers_mcmoe.structure import (
     search,
 )
 from transformers_mcmoe.workdir import WorkDir, mapped_tensor
-
-# tokens on which the model's loss without an expert is measured, at most
-LOSS_TOKENS = 1024
 
 
 @dataclass
@@ -68,7 +65,9 @@ class Dropper:
         self._compressed = config.activations == "compressed"
         self._seed, self._rank, self._prunes = config.seed, config.factors, config.drops is not None
         self._config = config.prune or PruneConfig()
-        self.routers = routers_for(self._structure, config.drops)
+        self._looks = looks(config)
+        self._least = sum(config.at_least.values())
+        self.routers = routers_for(self._structure, config.drops) if self._looks else {}
         length = self._runner.tokens.shape[1]
         self._sequences = min(len(self._runner.tokens), -(-self._config.tokens // length))
         self.found = Dropped()
@@ -77,7 +76,7 @@ class Dropper:
     def _measures(self) -> bool:
         """Whether importance is needed."""
         ranks = self._rank is not None and self._rank.exponent > 0
-        return ranks or (self._prunes and not self._config.uniform)
+        return ranks or (self._prunes and not self._config.even)
 
     def passes(self) -> int:
         """How often layers are run."""
@@ -107,7 +106,7 @@ class Dropper:
             self._structure.ranks[path] = tuple(ranks.get(expert, 0) for expert in range(experts.num_experts))
 
     def _drop_all(self, layers: range) -> None:
-        numbers = drops(self._structure, self._config, self.routers, self.found.importance)
+        numbers = drops(self._structure, self._config, self.routers, self.found.importance, self._least)
         self._runner.restart(self._sequences)
         states = self._runner.states()
         for group in self._groups(layers, bool(states)):
@@ -117,7 +116,7 @@ class Dropper:
 
     def _groups(self, layers: range, apart: bool) -> Iterator[list[int]]:
         """Layers whose sets are chosen together, with those between that have no experts."""
-        most = self._config.field if apart and not self._config.uniform else 1
+        most = self._config.field if apart and not self._config.even else 1
         group: list[int] = []
         for i in layers:
             group.append(i)
@@ -153,38 +152,35 @@ class Dropper:
     def _measure_loss(self, layers: range) -> None:
         """How much the model's loss rises without an expert: what a layer returns without it runs through the later layers."""
         length = self._runner.tokens.shape[1]
-        self._runner.restart(max(1, LOSS_TOKENS // length))
+        self._runner.restart(loss_sequences(length))
         states = self._runner.states()
-        if not states:
-            raise NotImplementedError(
-                f"importance='loss' needs layers that run one by one ({self._runner.reason}); use importance='local'."
-            )
         everything = range(len(self._runner.layers))
         total = sum(experts.num_experts for experts in self._structure.experts.values())
         rows = sum(map(len, states))
-        kept = mapped_tensor(
-            self._work.path / "without_experts.bin", (total, rows, *states[0].shape[1:]), states[0].dtype
-        )
+        path = self._work.path / "without_experts.bin"
+        kept = mapped_tensor(path, (total, rows, *states[0].shape[1:]), states[0].dtype)
         sizes = list(map(len, states))
         names: list[tuple[str, int]] = []
         for i in everything:
             with self._runner.loaded(i):
                 for n in range(len(names)):
                     kept[n] = torch.cat(self._runner.through(i, kept[n].split(sizes)))
-                for path in self._inside(i):
-                    count = self._structure.experts[path].num_experts
+                for module in self._inside(i):
+                    count = self._structure.experts[module].num_experts
                     for expert in range(count):
-                        with self.routers[path].keeping([e for e in range(count) if e != expert]):
+                        with self.routers[module].keeping([e for e in range(count) if e != expert]):
                             kept[len(names)] = torch.cat(self._runner.through(i, states))
-                        names.append((path, expert))
+                        names.append((module, expert))
                 states = self._runner.through(i, states)
             if i in layers:
                 self._meter.layer_done()
         (dense,) = self._runner.losses([states])
         losses = self._runner.losses(kept[n].split(sizes) for n in range(len(names)))
-        for (path, _), loss in zip(names, losses, strict=True):
+        for (module, _), loss in zip(names, losses, strict=True):
             # an expert without which the loss falls matters least, but a layer's share must stay finite
-            self.found.importance.setdefault(path, []).append(max(loss - dense, 1e-6))
+            self.found.importance.setdefault(module, []).append(max(loss - dense, 1e-6))
+        del kept
+        path.unlink()
 
     def look(self, i: int, paths: Sequence[str], states: Sequence[Tensor] | None = None) -> dict[str, BlockOutputs]:
         """The blocks of a layer on the tokens that enter it; `states` are run through it in the place of its own inputs."""
@@ -209,7 +205,7 @@ class Dropper:
                 assert isinstance(experts, FusedExperts)
                 block = model.get_submodule(path.rpartition(".")[0])
                 recorders[path] = BlockRecorder(
-                    layer, block, experts, self.routers[path], self._relative, self._config.tokens
+                    layer, block, experts, self.routers[path], self._relative, self._config.tokens, self._config.field
                 )
                 stack.enter_context(recorders[path].observe())
             yield recorders
@@ -260,7 +256,7 @@ class Dropper:
             return search(
                 outputs,
                 count,
-                best=1 if config.uniform else config.candidates,
+                best=1 if config.even else config.candidates,
                 groups=groups,
                 seed=self._seed,
                 population=config.population,

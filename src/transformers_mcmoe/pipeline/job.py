@@ -73,12 +73,13 @@ class Job:
         self._allocator = Allocator(structure, config, budgets)
         self._watcher = Watcher(structure, runner, config, work, limit)
         self._joint: JointProgram | None = None
+        by_loss = config.drops is not None and config.drops.importance == "loss"
+        if runner.recomputes and config.plan is None and (config.joint or by_loss):
+            raise NotImplementedError(
+                f"{'importance=loss' if by_loss else 'auto'} runs hidden states through single layers, which this model's cannot "
+                f"({runner.reason}); use importance='local', and numbers for prune and rank."
+            )
         if config.joint and config.plan is None:
-            if runner.recomputes:
-                raise NotImplementedError(
-                    f"'auto' compares two plans on what layers return one by one, which this model's do not ({runner.reason}); give "
-                    "prune or rank a number."
-                )
             self._joint = JointProgram(self._watcher, config, Dropper(self._watcher, config, work, meter))
         self._measurer = Measurer(self._watcher, meter, self._joint.measure if self._joint is not None else None)
         self.layers, self.fallbacks = self._watcher.layers, self._watcher.fallbacks
@@ -129,7 +130,7 @@ class Job:
         joint = self._corrected(widths, measured, found["widths"])
         if joint is None:
             return plan, files
-        before, known = self.writer, copy.deepcopy(self.layers)
+        before, known, notes = self.writer, copy.deepcopy(self.layers), list(self.fallbacks)
         self.writer = Writer(self._structure, self._runner.weights.targets)
         self._structure.follow(joint)
         self._runner.restart()
@@ -142,6 +143,7 @@ class Job:
             self._structure.keep_all()
             self.writer = before
             self.layers.update(known)
+            self.fallbacks[:] = notes
         for file in others:
             file.unlink()
         return plan, files
@@ -190,6 +192,10 @@ class Job:
         config = self._config
         if config.plan is not None:
             return config.plan
+        if config.joint:
+            raise ValueError(
+                "'auto' chooses between two plans once both are rounded; compress the model to see which."
+            )
         self._drop()
         if config.only_factors:
             return self._factors_alone()
@@ -225,7 +231,7 @@ class Job:
         self._meter.start(stage, layers or len(self._layers()))
         started = time.monotonic()
         result = work()
-        self.seconds[stage] = time.monotonic() - started
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
         return result
 
     def _layers(self) -> range:
@@ -280,7 +286,7 @@ class Job:
         widths: dict[str, ExpertWidths] = {}
         files = []
         layers = self._layers()
-        runs = plan is None or self._config.rounding == "gptq"
+        runs = judged or plan is None or self._config.rounding == "gptq"
         dense = self._config.activations == "dense" and not judged
         for i in layers:
             with self._runner.loaded(i):

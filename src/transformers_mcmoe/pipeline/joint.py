@@ -26,7 +26,7 @@ from transformers_mcmoe.pipeline.rounding import ExpertRounder
 from transformers_mcmoe.pipeline.watching import Watcher
 from transformers_mcmoe.plan import ROLES, ExpertWidths, Matrix, Plan
 from transformers_mcmoe.quantization import dequantize, group_size_for, quantize
-from transformers_mcmoe.structure import factorize, fit_left
+from transformers_mcmoe.structure import factorize, fit_left, root_of
 
 # ranks of factors alone, as shares of the one that saves nothing
 SHARES = (0.25, 0.5, 0.75)
@@ -91,6 +91,7 @@ class JointProgram:
 
     def _measure_factors(self, i: int, path: str) -> None:
         experts, config = self._structure.experts[path], self._config
+        assert config.rank is not None
         options = list(self._rank_options(path))
         found: dict[Option, list[float]] = {option: [] for option in options}
         every = list(range(experts.num_experts))
@@ -100,7 +101,8 @@ class JointProgram:
             rounder = ExpertRounder(experts, which, hessians.roles, config, refits=0, sweeps=0)
             bases = {bits: rounder.round(which, (bits, bits)) for bits in {o.gate_up for o in options} - {0}}
             for n, expert in enumerate(which):
-                candidates = (self._stand_in(path, expert, n, option, bases, totals) for option in options)
+                roots = {role: root_of(total[n]) for role, total in totals.items()} if config.rank.whitened else {}
+                candidates = (self._stand_in(path, expert, option, bases, roots) for option in options)
                 sample = inputs.sample(expert)
                 errors = output_errors(experts, expert, sample, candidates, config.relative_errors)
                 for option, error in zip(options, errors, strict=True):
@@ -111,10 +113,9 @@ class JointProgram:
         self,
         path: str,
         expert: int,
-        n: int,
         option: Option,
         bases: Mapping[int, Mapping[int, Mapping[str, Tensor]]],
-        totals: Mapping[str, Tensor],
+        roots: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         """Matrices of an expert under an option, with factors rounded to nearest."""
         experts, found = self._structure.experts[path], {}
@@ -125,10 +126,9 @@ class JointProgram:
             base = torch.zeros_like(dense)
             if option.gate_up:
                 base = dequantize(bases[option.gate_up][expert][p.name], option.gate_up, p.in_features).to(dense)
-            total = totals[p.role][n] if self._config.rank.whitened else None
-            a, _ = factorize(dense - base, option.rank, total)
+            a, _ = factorize(dense - base, option.rank, root=roots.get(p.role))
             a = quantize(a, bits, group_size_for(p.in_features, most)).dequantize()
-            b = fit_left(dense - base, a, total)
+            b = fit_left(dense - base, a, roots.get(p.role))
             found[p.name] = base + quantize(b, bits, group_size_for(option.rank, most)).dequantize() @ a
         return found
 

@@ -5,13 +5,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from transformers_mcmoe.config import MCMoEConfig, PruneConfig, RankConfig
 from transformers_mcmoe.models.experts import Experts, routes_outside
 from transformers_mcmoe.models.routers import Router
 from transformers_mcmoe.models.structure import Structure
+from transformers_mcmoe.plan import Plan
 from transformers_mcmoe.routing.prunable import slots_of
 from transformers_mcmoe.structure import break_even, drop_counts, ranks_for
+
+# tokens on which the model's loss without an expert is measured; one sequence at least
+LOSS_TOKENS = 1024
+
+
+def loss_sequences(length: int) -> int:
+    """Sequences on which the model's loss without an expert is measured."""
+    return max(1, LOSS_TOKENS // length)
+
+
+def looks(config: MCMoEConfig) -> bool:
+    """Whether blocks are run without some of their experts."""
+    ranks = config.factors is not None and config.factors.exponent > 0
+    return ranks or config.prune is not None
+
+
+def check_plan(structure: Structure, plan: Plan) -> None:
+    """Raise if the experts that a plan drops cannot be dropped, before anything is run.
+
+    Raises:
+        NotImplementedError: a router cannot be sliced.
+        ValueError: groups would differ in size, or a layer would keep fewer experts than a token is sent to.
+    """
+    for path, widths in plan.experts.items():
+        if path not in structure.experts or len(widths.kept) == len(widths.gate_up):
+            continue
+        router = Router(structure.model, structure.experts[path])
+        router.check(widths.kept)
+        least = least_kept(structure, router, len(widths.gate_up))
+        if len(widths.kept) < least:
+            raise ValueError(
+                f"The plan keeps {len(widths.kept)} experts of '{path}', but its router sends tokens to {least}; keep as many."
+            )
 
 
 def routers_for(structure: Structure, config: PruneConfig | None) -> dict[str, Router]:
@@ -28,7 +63,7 @@ def routers_for(structure: Structure, config: PruneConfig | None) -> dict[str, R
                 f"The experts at '{path}' are not handed their routing weights, so that it is not known what they add; "
                 "prune and rank are not available for this model."
             )
-    if config is not None:
+    if config is not None and not config.auto:
         drops(structure, config, routers, {})
     return routers
 
@@ -78,14 +113,18 @@ def drops(
     config: PruneConfig,
     routers: Mapping[str, Router],
     importance: Mapping[str, list[float]],
+    least: int = 1,
 ) -> dict[str, int]:
-    """How many experts each module drops; the same share everywhere if importance is not known. Errors as of `drop_counts`."""
+    """How many experts each module drops; the same share everywhere if importance is not known. Errors as of `drop_counts`.
+
+    Every module keeps `least` of them at least, and as many as a token is sent to.
+    """
     sizes = {path: experts.num_experts for path, experts in structure.experts.items()}
     found = drop_counts(
         [sum(importance[path]) if path in importance else 1.0 for path in sizes],
         list(sizes.values()),
         config.share,
-        [least_kept(structure, routers[path], count) for path, count in sizes.items()],
+        [max(least, least_kept(structure, routers[path], count)) for path, count in sizes.items()],
         [routers[path].groups for path in sizes],
     )
     return dict(zip(sizes, found, strict=True))
@@ -101,9 +140,14 @@ def kept_counts(structure: Structure, config: MCMoEConfig) -> dict[str, int]:
 
 def least_kept(structure: Structure, router: Router, experts: int) -> int:
     """Experts that a layer keeps at least: those of a token, which lie in the groups that are chosen first."""
-    slots = slots_of(structure.model) or 1
+    known = getattr(router.module, "top_k", None) or getattr(_parent(structure, router), "top_k", None)
+    slots = slots_of(structure.model) or (known if isinstance(known, int) else 1)
     if router.groups == 1:
         return slots
     chosen = max(1, int(getattr(router.module, "topk_group", 1) or 1))
     each = max(2, -(-slots // chosen))  # a group's score may be that of its two best
     return min(experts, each * router.groups)
+
+
+def _parent(structure: Structure, router: Router) -> Any:
+    return structure.model.get_submodule(router.path.rpartition(".")[0])

@@ -21,7 +21,15 @@ from transformers_mcmoe.calibration.hessians import ExpertHessians
 from transformers_mcmoe.calibration.statistics import SAMPLE
 from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig, ODPConfig, OTPConfig
 from transformers_mcmoe.models.structure import Structure
-from transformers_mcmoe.pipeline.kept import check_rank, kept_counts, planned_ranks, routers_for
+from transformers_mcmoe.pipeline.kept import (
+    check_plan,
+    check_rank,
+    kept_counts,
+    looks,
+    loss_sequences,
+    planned_ranks,
+    routers_for,
+)
 from transformers_mcmoe.plan import ExpertWidths, Plan, average_bits
 from transformers_mcmoe.progress import size
 from transformers_mcmoe.quantization.packing import GRID_BYTES, packed_shape
@@ -62,6 +70,8 @@ def prepare(structure: Structure, config: MCMoEConfig) -> tuple[dict[str, int], 
     tokens = tokens_for(structure.model, config) if needed or learns else None
     if learns and tokens is not None and len(tokens) < 2:
         raise ValueError("otp needs two calibration sequences or more, one of them to stop its training by.")
+    if config.joint and config.plan is None and tokens is not None and len(tokens) < 2:
+        raise ValueError("'auto' needs two calibration sequences or more, one of them to compare plans on.")
     if config.tuning_steps and tokens is not None and len(tokens) < 2:
         raise ValueError("tuning_steps needs two calibration sequences or more, one of them to judge it by.")
     return budgets, tokens if needed else None
@@ -81,12 +91,7 @@ def sized(structure: Structure, config: MCMoEConfig, dtype: torch.dtype) -> MCMo
     if config.target_size is None or config.plan is not None:
         return config
     low, high = (
-        structure.matrices(
-            Plan(
-                {path: ExpertWidths.of([bits] * e.num_experts) for path, e in structure.experts.items()},
-                structure.linears,
-            )
-        )
+        structure.matrices(same_widths(structure, config, bits))
         for bits in (config.expert_bits[0], config.expert_bits[-1])
     )
     least = sum(matrix.packed_bytes(config.group_size) for matrix in low)
@@ -108,6 +113,18 @@ def sized(structure: Structure, config: MCMoEConfig, dtype: torch.dtype) -> MCMo
     return config
 
 
+def same_widths(structure: Structure, config: MCMoEConfig, bits: int) -> Plan:
+    """A plan that gives all kept experts one width, with as many dropped and the ranks that the config comes to."""
+    kept = kept_counts(structure, config)
+    ranks = planned_ranks(structure, config, kept)
+    experts = {}
+    for path, module in structure.experts.items():
+        widths = (bits,) * kept[path] + (0,) * (module.num_experts - kept[path])
+        own = ranks.get(path, ())
+        experts[path] = ExpertWidths(widths, widths, own, config.factors.bits if config.factors is not None else 0)
+    return Plan(experts, structure.linears)
+
+
 def budgets_of(structure: Structure, config: MCMoEConfig) -> dict[str, int]:
     """Sum of expert widths that every experts module may take, {} under a given plan.
 
@@ -116,11 +133,13 @@ def budgets_of(structure: Structure, config: MCMoEConfig) -> dict[str, int]:
     """
     if config.plan is not None:
         structure.check(config.plan)
+        check_plan(structure, config.plan)
         return {}
     linears = structure.linear_weights()
     kept = kept_counts(structure, config)
     if config.factors is not None:
         check_rank(structure, config.factors)
+    if looks(config):
         routers_for(structure, config.drops)
     if config.only_factors:
         return dict.fromkeys(structure.experts, 0)
@@ -198,7 +217,7 @@ def hessian_memory(structure: Structure, config: MCMoEConfig, dtype: torch.dtype
     Raises:
         ValueError: `max_memory` is below the bound.
     """
-    layer, held, rest = memory_parts(structure, dtype)
+    layer, held, rest = memory_parts(structure, dtype, config)
     least = max(3 * layer // 4, _LEAST_HESSIANS)
     if config.max_memory is None:
         return least
@@ -216,7 +235,8 @@ def hessian_memory(structure: Structure, config: MCMoEConfig, dtype: torch.dtype
             f"grids and the logits of {config.seq_len} tokens take {tuning / 1e9:.2f} GB; raise max_memory, lower "
             "seq_len, or leave tuning_steps out."
         )
-    return least + config.max_memory_bytes - need
+    more = config.max_memory_bytes - need
+    return least + (more // 2 if config.rank is not None else more)  # factors need the Hessians' copies, too
 
 
 def tuning_memory(structure: Structure, config: MCMoEConfig, dtype: torch.dtype) -> int:
@@ -235,21 +255,32 @@ def tuning_memory(structure: Structure, config: MCMoEConfig, dtype: torch.dtype)
     return packed + _TUNED_GROUP * groups + (parameters - weights) * dtype.itemsize + logits + OVERHEAD
 
 
-def memory_parts(structure: Structure, dtype: torch.dtype) -> tuple[int, int, int]:
+def memory_parts(structure: Structure, dtype: torch.dtype, config: MCMoEConfig) -> tuple[int, int, int]:
     """Bytes of a dense decoder layer, of what is held while one is rounded, and of what lies outside the layers."""
     layer, rest = (weights * dtype.itemsize for weights in structure.layer_sizes())
     # the Hessians of one expert or linear layer are held whatever they take, with three copies while one is factorized
     modules = [structure.model.get_submodule(path) for path in structure.linears]
     sizes = [ExpertHessians.bytes_per_expert(experts) for experts in structure.experts.values()]
     single = max(sizes + [4 * module.in_features**2 for module in modules])
-    return layer, max(4 * layer, 2 * layer + 4 * single), rest
+    # Hessians are copied for factors, and rooted in float64
+    held = max(4 * layer, 2 * layer + (4 if config.rank is None else 9) * single)
+    if config.drops is not None and config.plan is None and not config.drops.even:
+        held = max(held, (1 + config.drops.field) * layer)
+    return layer, held, rest
 
 
 def disk_need(structure: Structure, config: MCMoEConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that hidden states, samples of experts' inputs and packed layers (at 4 bits) take at most."""
+    """Bytes that hidden states, samples of experts' inputs and packed layers take at most."""
     tokens *= 2 if config.tuning_steps else 1  # hidden states behind the dense model are kept
     hidden = next(iter(structure.experts.values())).projections[0].in_features
     samples = SAMPLE * max(experts.num_experts for experts in structure.experts.values())
     weights = sum(structure.linear_weights().values())
     weights += sum(structure.expert_weights(path) * e.num_experts for path, e in structure.experts.items())
-    return (tokens + samples) * hidden * dtype.itemsize + weights // 2
+    if config.drops is not None and config.drops.importance == "loss" and config.plan is None:
+        every = sum(experts.num_experts for experts in structure.experts.values())
+        samples += every * loss_sequences(config.seq_len) * config.seq_len
+    factors = config.rank.bits if config.rank is not None else 0
+    packed = weights * (max(4, *config.expert_bits) + factors) // 8
+    if config.joint and config.plan is None:
+        packed *= 2  # two plans are rounded
+    return (tokens + samples) * hidden * dtype.itemsize + packed

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from transformers_mcmoe.config import MCMoEConfig, PruneConfig
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.pipeline import measuring
 from transformers_mcmoe.pipeline.allocating import MEASURED
-from transformers_mcmoe.pipeline.kept import kept_counts, planned_ranks
+from transformers_mcmoe.pipeline.kept import kept_counts, looks, loss_sequences, planned_ranks
 from transformers_mcmoe.pipeline.prepare import (
     OVERHEAD,
     budgets_of,
@@ -35,13 +34,15 @@ from transformers_mcmoe.pipeline.prepare import (
     tuning_memory,
 )
 from transformers_mcmoe.pipeline.rounding import ROWS, grid_of
-from transformers_mcmoe.plan import ExpertWidths, Plan, average_bits, bits_per_weight
+from transformers_mcmoe.plan import ExpertWidths, Matrix, Plan, average_bits, bits_per_weight
 from transformers_mcmoe.quantization import Factor, dequantize, gptq, group_size_for, pack, quantize
 from transformers_mcmoe.routing.prunable import TOP_K
 from transformers_mcmoe.structure import search_is_exhaustive
 from transformers_mcmoe.structure.outputs import PRODUCTS
 from transformers_mcmoe.tuning import sequences_for, sequences_per_step
 
+# options with factors that are measured of every expert
+_OPTIONS = 6
 # a factorization costs the cube of its size; larger ones are reckoned from this one
 _LARGEST = 2048
 # rows of a matrix that are rounded to time it; the rest costs in proportion
@@ -112,10 +113,10 @@ def preview(model: Any, config: MCMoEConfig, *, dtype: torch.dtype) -> Preview:
     weights = sum(matrix.weights for matrix in matrices)
     packed = sum(matrix.packed_bytes(config.group_size) for matrix in matrices)
     parameters, _ = structure.parameters()
-    _, held, rest = memory_parts(structure, dtype)
+    _, held, rest = memory_parts(structure, dtype, config)
     tokens = config.num_samples * config.seq_len
     return Preview(
-        layers={path: statistics.fmean(widths.gate_up) for path, widths in plan.experts.items()},
+        layers=per_layer(structure, plan),
         decided=config.plan is not None or config.budget == "layer" or config.allocation == "uniform",
         average_bits=average_bits(matrices),
         bits_per_weight=bits_per_weight(matrices, config.group_size),
@@ -128,6 +129,14 @@ def preview(model: Any, config: MCMoEConfig, *, dtype: torch.dtype) -> Preview:
         disk_bytes=disk_need(structure, config, tokens, dtype),
         seconds=_Clock(structure, config, dtype).seconds(),
     )
+
+
+def per_layer(structure: Structure, plan: Plan) -> dict[str, float]:
+    """Average bits of each experts module's weights, by path."""
+    found: dict[str, list[Matrix]] = {path: [] for path in plan.experts}
+    for matrix in structure.matrices(Plan(plan.experts)):
+        found[matrix.name.rpartition(".")[0].rpartition(".")[0]].append(matrix)
+    return {path: average_bits(own) for path, own in found.items()}
 
 
 def _even(kept: int, count: int, config: MCMoEConfig, budget: int, ranks: tuple[int, ...]) -> ExpertWidths:
@@ -170,7 +179,7 @@ class _Clock:
         measured = config.plan is None and config.allocation in MEASURED
         errors = self._measuring() if measured else 0.0
         found = {}
-        if (config.drops is not None or config.factors is not None) and config.plan is None:
+        if looks(config) and not config.joint and config.plan is None:
             found["structure"] = self._dropping(config.drops or PruneConfig(method="reap"))
         if config.tuning_steps:
             taught = sequences_for(config.tuning_steps, config.seq_len) / config.num_samples
@@ -182,20 +191,43 @@ class _Clock:
         if config.rounding == "gptq" and config.sequential:
             counting += 2 * self._forward()  # gate and up twice, down once, attention
         found["quantize"] = rounding + counting + self._forward() + (0.0 if self._apart else errors)
+        if config.rank is not None and config.plan is None:
+            found["quantize"] += self._factorizing()
+        if config.joint and config.plan is None:
+            found["allocate"] += (self._dropping(PruneConfig(method="reap")) if config.prune is not None else 0.0) + (
+                0.0 if config.rank is None else errors + _OPTIONS * self._factorizing()
+            )
+            found["quantize the joint plan"] = found["quantize"]
         if config.tuning_steps:
             found["tune"] = self._tuning()
         return found
 
+    def _factorizing(self) -> float:
+        """Eigenvectors of every expert's matrices, once."""
+        seconds = 0.0
+        for path, experts in self._structure.experts.items():
+            for p in experts.projections:
+                size = min(p.out_features, p.in_features)
+                probe = min(size, _LARGEST // 4)
+                matrix = torch.randn(probe, probe, dtype=torch.float64, device=self._device)
+                each = self._once(("eigenvectors", probe), lambda m=matrix: torch.linalg.eigh(m @ m.T))  # type: ignore[misc]
+                seconds += len(self._structure.kept_of(path)) * each * (size / probe) ** 3
+        return seconds
+
     def _dropping(self, prune: PruneConfig) -> float:
         """Every expert on the recorded tokens, evaluations of sets, and passes through the layers."""
         tokens = min(prune.tokens, self._tokens)
-        seconds = 3 * self._forward() * tokens / self._tokens
+        passes = 3.0 if prune.even else 3 + sum(prune.candidates**n for n in range(1, prune.field + 1)) / prune.field
+        if prune.importance == "loss":  # every expert's absence runs through the later layers
+            shares = loss_sequences(self._config.seq_len) * self._config.seq_len / tokens
+            passes += shares * sum(e.num_experts for e in self._structure.experts.values()) / 2
+        seconds = passes * self._forward() * tokens / self._tokens
         for path, experts in self._structure.experts.items():
             count = experts.num_experts
             used = min(tokens, PRODUCTS // (4 * count**2))
             hidden = experts.projections[0].in_features
             each = 2 * used * (self._structure.expert_weights(path) + count * hidden)
-            seconds += (1 if prune.uniform else 2) * count * each / self._rate
+            seconds += (1 if prune.even else 2) * count * each / self._rate
             dropped = round(prune.share * count)
             few = search_is_exhaustive(count, dropped)
             sets = math.comb(count, dropped) if few else prune.population * prune.generations

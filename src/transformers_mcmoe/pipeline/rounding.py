@@ -36,7 +36,7 @@ from transformers_mcmoe.quantization import (
 )
 from transformers_mcmoe.quantization.gptq import REFITS
 from transformers_mcmoe.quantization.grid import CHUNK
-from transformers_mcmoe.structure.low_rank import factorize, fit_left
+from transformers_mcmoe.structure.low_rank import factorize, fit_left, root_of
 
 # rows that are rounded together: enough to hide the cost of a step per column
 ROWS = 1 << 13
@@ -141,21 +141,23 @@ class ExpertRounder:
         for expert, rank in ranks.items():
             n = self._which.index(expert)
             wanted = [self._experts.matrix(expert, p.name) for p in names] if targets is None else [targets[expert]]
+            whitened = role in self._totals and (self._config.rank is None or self._config.rank.whitened)
+            root = root_of(self._totals[role][n]) if whitened else None
             for p, matrix in zip(names, wanted, strict=True):
                 rest = matrix.to(torch.float32)
                 if p.name in packed[expert]:
                     rest = rest - dequantize(packed[expert][p.name], widths[expert], p.in_features).to(rest)
-                for name, factor in zip(FACTORS, self._factored(rest, rank, bits, role, n), strict=True):
+                for name, factor in zip(FACTORS, self._factored(rest, rank, bits, role, n, root), strict=True):
                     packed[expert][f"{p.name}.{name}"] = factor.cpu()
         return_free_memory()
 
-    def _factored(self, weight: Tensor, rank: int, bits: int, role: str, n: int) -> tuple[Tensor, Tensor]:
+    def _factored(
+        self, weight: Tensor, rank: int, bits: int, role: str, n: int, root: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Packed a [r, in] and b [out, r]; b is fitted to a as it was rounded, and rounded behind it."""
         config = self._config
         total = self._totals[role][n] if role in self._totals else None
-        whitened = config.rank is None or config.rank.whitened
-        seen = total if whitened else None
-        a, _ = factorize(weight, rank, seen)
+        a, _ = factorize(weight, rank, root=root)
         size = group_size_for(weight.shape[1], config.group_size)
         inner = group_size_for(rank, config.group_size)
         if total is None:
@@ -166,7 +168,7 @@ class ExpertRounder:
         rounded = first.dequantize()
         behind = (rounded @ total @ rounded.T)[None]
         factor = Factor.of(behind, inner, damping=config.damping, act_order=config.act_order, name="a low-rank factor")
-        b = fit_left(weight, rounded, seen)
+        b = fit_left(weight, rounded, root)
         return pack(first), pack(gptq(b[None], factor, bits, self._grid, self._refits, self._sweeps))
 
     def _quantize(self, weight: Tensor, role: str, part: list[int], bits: int) -> Quantized:

@@ -69,7 +69,7 @@ def model_mark(model: Any) -> str | None:
     """Mark of a packed model's experts: their widths and some of their bytes. None without any, or while they are on disk."""
     digest, packed = hashlib.sha256(), [module for module in model.modules() if isinstance(module, PackedExperts)]
     for module in packed:
-        digest.update(repr((module.widths.gate_up, module.widths.down)).encode())
+        digest.update(repr((module.widths.gate_up, module.widths.down, *filter(any, [module.widths.ranks]))).encode())
         weight = next(iter(module.parameters()))
         if weight.is_meta:
             return None

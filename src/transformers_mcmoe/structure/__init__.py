@@ -8,7 +8,7 @@ from transformers_mcmoe.structure.expert_pruning import (
     search,
     search_is_exhaustive,
 )
-from transformers_mcmoe.structure.low_rank import break_even, factorize, fit_left, ranks_for
+from transformers_mcmoe.structure.low_rank import break_even, factorize, fit_left, ranks_for, root_of
 from transformers_mcmoe.structure.outputs import BlockOutputs, BlockRecorder
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "leave_one_out",
     "ranks_for",
     "reception_field",
+    "root_of",
     "search",
     "search_is_exhaustive",
 ]

@@ -57,6 +57,10 @@ def drop_counts(
     """
     most = [(size - kept) // step * step for size, kept, step in zip(sizes, least, steps, strict=True)]
     wanted = round(ratio * sum(sizes))
+    if not wanted:
+        raise ValueError(
+            f"prune={ratio} drops none of {sum(sizes)} experts; give {1 / sum(sizes):.4f} at least, or leave it out."
+        )
     if wanted > sum(most):
         raise ValueError(
             f"prune={ratio} cannot be met: each layer keeps as many experts as a token is sent to, so that at most {sum(most)} of "

@@ -19,13 +19,16 @@ DAMPING = 0.01
 EPSILON = 1e-6
 
 
-def factorize(weight: Tensor, rank: int, hessian: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def factorize(
+    weight: Tensor, rank: int, hessian: Tensor | None = None, root: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The best product of two matrices of a rank.
 
     Args:
         weight: [out, in] any float dtype.
         rank: r, at most min(out, in).
         hessian: [in, in] float32, sum of x^T x; None for plain singular values.
+        root: `root_of(hessian)`, where several matrices share one.
 
     Returns:
         a [r, in] and b [out, r], float32; b has orthonormal columns, the most important first.
@@ -40,8 +43,10 @@ def factorize(weight: Tensor, rank: int, hessian: Tensor | None = None) -> tuple
         )
     weight = weight.to(torch.float32)
     seen = weight.to(torch.float64)
-    if hessian is not None:
-        seen = seen @ _root(hessian)
+    if root is None and hessian is not None:
+        root = root_of(hessian)
+    if root is not None:
+        seen = seen @ root
     if rows <= columns:
         _, vectors = torch.linalg.eigh(seen @ seen.T)
         b = vectors[:, -rank:].flip(1)
@@ -55,33 +60,33 @@ def factorize(weight: Tensor, rank: int, hessian: Tensor | None = None) -> tuple
     return b.T @ weight, b
 
 
-def _root(hessian: Tensor) -> Tensor:
+def root_of(hessian: Tensor) -> Tensor:
     """L [in, in] float64 with L L^T = H, damped until it is positive definite."""
-    damped = hessian.to(torch.float64)
-    mean = float(damped.diagonal().mean())
+    mean = float(hessian.diagonal().mean())
     if mean <= 0:
-        return torch.eye(len(damped), dtype=torch.float64, device=damped.device)
+        return torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
     share = DAMPING
     while True:
-        tried = damped.clone()
-        tried.diagonal().add_(share * mean)
-        lower, info = torch.linalg.cholesky_ex(tried)
+        damped = hessian.to(torch.float64)
+        damped.diagonal().add_(share * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
             return lower
         share *= 10
 
 
-def fit_left(weight: Tensor, a: Tensor, hessian: Tensor | None = None) -> Tensor:
+def fit_left(weight: Tensor, a: Tensor, root: Tensor | None = None) -> Tensor:
     """The b [out, r] for which b a is nearest to a matrix, given a: a regression, which makes up for the rounding of a.
 
     Args:
         weight: [out, in].
         a: [r, in] float32.
-        hessian: as in `factorize`.
+        root: as in `factorize`; the damping in it keeps few tokens from being fitted by large numbers.
     """
-    weight, right = weight.to(torch.float64), a.to(torch.float64)
-    seen = right if hessian is None else right @ hessian.to(torch.float64)
-    gram = seen @ right.T
+    weight, seen = weight.to(torch.float64), a.to(torch.float64)
+    if root is not None:
+        weight, seen = weight @ root, seen @ root
+    gram = seen @ seen.T
     gram.diagonal().add_(1e-8 * float(gram.diagonal().mean()) + 1e-30)
     return torch.linalg.solve(gram, seen @ weight.T).T.to(torch.float32)
 

@@ -19,8 +19,9 @@ from transformers_mcmoe.calibration.statistics import LayerTokens
 from transformers_mcmoe.models.experts import FusedExperts, forward_as
 from transformers_mcmoe.models.routers import Router
 
-# bytes of all experts' outputs for the tokens that are multiplied at once, and of the inner products of one block
-CHUNK, PRODUCTS = 64 << 20, 256 << 20
+# bytes of all experts' outputs for the tokens that are multiplied at once, and of the inner products of all blocks that
+# are looked at together
+CHUNK, PRODUCTS = 64 << 20, 192 << 20
 
 
 class _Routed(Exception):
@@ -82,16 +83,24 @@ class BlockRecorder:
         router: their router.
         relative: divide a token's squared change by its norm and by the median norm, as `output_errors` does.
         most: tokens that are kept at most.
+        together: blocks that are looked at together, which share the memory for inner products.
     """
 
     def __init__(
-        self, layer: nn.Module, block: nn.Module, experts: FusedExperts, router: Router, relative: bool, most: int
+        self,
+        layer: nn.Module,
+        block: nn.Module,
+        experts: FusedExperts,
+        router: Router,
+        relative: bool,
+        most: int,
+        together: int = 1,
     ) -> None:
         self._layer, self._block, self._experts, self._router = layer, block, experts, router
         self._relative = relative
         self.num_experts = experts.num_experts
         self._columns = self.num_experts + (1 if experts.identity_experts else 0)
-        self._most = min(most, max(1, PRODUCTS // (4 * self._columns**2)))
+        self._most = min(most, max(1, PRODUCTS // (4 * self._columns**2 * together)))
         self._tokens = LayerTokens()
         self._x: list[Tensor] = []
         self._norms: list[Tensor] = []
@@ -107,15 +116,16 @@ class BlockRecorder:
 
     @contextmanager
     def observe(self) -> Iterator[None]:
-        """While open, calls are recorded until there are enough; a call counts as a whole."""
+        """While open, calls are recorded until there are enough; of the last one only the first tokens count."""
 
         def reach(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if not self.full:
                 x, index, weights = self._experts.route(*args)
                 norms = self._tokens.norms(torch.arange(len(x), device=x.device))
-                self._x.append(x.detach().clone())
-                self._norms.append(torch.zeros(len(x)) if norms is None else norms.cpu())
-                self._given.append(self._dense(index, weights))
+                taken = slice(self._most - sum(map(len, self._x)))
+                self._x.append(x[taken].detach().clone())
+                self._norms.append(torch.zeros_like(x[taken, 0]) if norms is None else norms[taken])
+                self._given.append(self._dense(index, weights)[taken])
                 # both were called with these tokens a moment ago
                 self._calls.append(last["router"])
                 self._blocks.append(last["block"])
@@ -145,7 +155,7 @@ class BlockRecorder:
             if self._direct is None:
                 self._direct = self._is_direct(kept)
             ask = self._ask_router if self._direct else self._ask_block
-            return torch.cat([ask(call) for call in range(len(self._x))])
+            return torch.cat([ask(call)[: len(x)] for call, x in enumerate(self._x)])
 
     def _is_direct(self, kept: Sequence[int]) -> bool:
         """Whether the router returns what the experts are given, so that the rest of the block need not run."""
@@ -187,18 +197,21 @@ class BlockRecorder:
 
     def products(self) -> Tensor:
         """[T, E', E'] float32, inner products of the experts' outputs for every recorded token."""
-        found = []
-        for x in torch.cat(self._x).split(max(1, CHUNK // (4 * self._columns * self._x[0].shape[1]))):
+        every = torch.cat(self._x)
+        found = torch.empty(len(every), self._columns, self._columns, device=every.device)
+        step = max(1, CHUNK // (4 * self._columns * every.shape[1]))
+        for start in range(0, len(every), step):
+            x = every[start : start + step]
             outputs = [self._experts.run(expert, x).to(torch.float32) for expert in range(self.num_experts)]
             if self._experts.identity_experts:
                 outputs.append(x.to(torch.float32))
             stacked = torch.stack(outputs, 1)
-            found.append(stacked @ stacked.transpose(1, 2))
-        return torch.cat(found)
+            torch.bmm(stacked, stacked.transpose(1, 2), out=found[start : start + step])
+        return found
 
     def factor(self) -> Tensor:
         """[T] float64, see `BlockOutputs`."""
-        norms = torch.cat(self._norms).to(torch.float64)
+        norms = torch.cat([own.to(self._x[0].device) for own in self._norms]).to(torch.float64)
         if not self._relative:
             return torch.ones_like(norms)
         norms = norms.clamp(min=1e-15)

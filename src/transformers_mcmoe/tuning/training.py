@@ -216,8 +216,8 @@ def check_head(model: Any) -> None:
     """Raise ValueError if a model has no output to be tuned on."""
     if model.get_output_embeddings() is None:
         raise ValueError(
-            f"{type(model).__name__} has no output head, which tuning_steps needs; load the model with it, or leave "
-            "tuning_steps out."
+            f"{type(model).__name__} has no output head, which tuning_steps, 'auto' and importance='loss' need; load the model with "
+            "it, or leave those out."
         )
 
 

@@ -187,7 +187,8 @@ class LayerStream(LayerRunner):
 
     def through(self, i: int, states: Sequence[Tensor]) -> list[Tensor]:
         # a layer may write to what it is given
-        return [self._call(i, index, state.clone()) for index, state in enumerate(states)]
+        device = self.weights.device
+        return [self._call(i, index, state.to(device, copy=True)) for index, state in enumerate(states)]
 
     def losses(self, states: Iterable[Sequence[Tensor]]) -> list[float]:
         with self._with_head():
@@ -217,6 +218,7 @@ class LayerStream(LayerRunner):
 
     def _logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Logits [N, T, V] of tokens [N, T] whose hidden states behind the last layer are given."""
+        hidden = hidden.to(self.weights.device)
 
         def stub(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             return (hidden,) if self._returns_tuple else hidden
