@@ -49,7 +49,7 @@ def config_of(options: argparse.Namespace, name: str, ratio: float) -> Any:
     }
     shapes = sizes(options.model)
     if name == "8 bits":
-        return MCMoEConfig(8.0, expert_bits=(8,), allocation="uniform", rounding="nearest", **common)
+        return MCMoEConfig(8.0, expert_bits=(8,), allocation="uniform", rounding="nearest", fit="minmax", **common)
     share, method, rank = ROWS[name]
     kind, _, importance = method.partition(" ")
     dropped = share * ratio
@@ -57,7 +57,9 @@ def config_of(options: argparse.Namespace, name: str, ratio: float) -> Any:
     if share == 1.0:
         kept = 1 - round(dropped * shapes["experts"]) / shapes["experts"]
         bits = 8 * (kept * shapes["expert"] + shapes["linear"]) / (shapes["expert"] + shapes["linear"])
-        return MCMoEConfig(bits, expert_bits=(8,), allocation="uniform", rounding="nearest", prune=prune, **common)
+        return MCMoEConfig(
+            bits, expert_bits=(8,), allocation="uniform", rounding="nearest", fit="minmax", prune=prune, **common
+        )
     # of what is kept, so much is left by the factors
     left = (1 - ratio) / (1 - dropped)
     mean = left * shapes["break_even"]

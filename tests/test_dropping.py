@@ -150,6 +150,38 @@ def test_target_size(mixtral):
     assert 360e3 < size <= 400e3
 
 
+def test_tuning_on_top(mixtral):
+    """Grids, norms and sliced routers are trained; nothing is left out with a note."""
+    config = config_for(0.25, tuning_steps=4, dataset=tokens(16, 32), num_samples=16)
+    report = compression_report(compressed(mixtral, config))
+    assert not any("Not tuned" in note for note in report["fallbacks"])
+    assert report["tuning"]["steps"] == 4
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_adapters_on_routers(mixtral):
+    """An adapter on a sliced router trains; one inside a router that is made of layers would do nothing, and is refused."""
+    peft = pytest.importorskip("peft")
+    model = compressed(mixtral, config_for(0.25))
+    with torch.no_grad():
+        before = model(IDS).logits
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["gate"]))
+    adapted(input_ids=IDS, labels=IDS).loss.backward()
+    assert any(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in adapted.parameters() if p.requires_grad)
+    with torch.no_grad():
+        assert torch.allclose(adapted(input_ids=IDS).logits, before, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_adapters_inside_routers(tmp_path):
+    peft = pytest.importorskip("peft")
+    spread(tiny_model("dbrx")).save_pretrained(tmp_path)
+    model = compressed(tmp_path, config_for(0.25))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["layer"]))
+    with pytest.raises(ValueError, match=r"An adapter wraps 'layer\.weight' of the DbrxRouter"):
+        adapted(input_ids=IDS)
+
+
 def test_cards_and_reports(mixtral):
     model = compressed(mixtral, config_for(0.25))
     report = json.loads(json.dumps(compression_report(model)))

@@ -148,11 +148,11 @@ def test_reception_field_tries_all_combinations():
     assert len(runs) == len(set(runs)) == 3 + 6 + 18
 
 
-def record(model, relative=False, most=10**6, rows=3):
+def record(model, relative=False, most=10**6, rows=3, calls=1):
     experts = next(iter(find_experts(model).values()))
     path = block_path(experts)
     layer = model.get_submodule(path if path.rpartition(".")[2].isdigit() else path.rpartition(".")[0])
-    recorder = BlockRecorder(layer, model.get_submodule(path), experts, Router(model, experts), relative, most)
+    recorder = BlockRecorder(layer, model.get_submodule(path), experts, Router(model, experts), relative, most, calls)
     with torch.no_grad(), recorder.observe():
         for row in tokens(rows, 20):
             model(row[None], use_cache=False)
@@ -223,6 +223,15 @@ def test_relative_errors_weigh_tokens_by_their_norm():
 
 
 def test_tokens_are_bounded():
-    _, recorder = record(spread(tiny_model("mixtral")), most=25)
+    """As many of every call, spread over it."""
+    model = spread(tiny_model("mixtral"))
+    _, every = record(model)
+    _, some = record(model, most=24, calls=3)
     with torch.no_grad():
-        assert len(BlockOutputs(recorder).products) == 25  # of the last call the first ones
+        few, whole = BlockOutputs(some), BlockOutputs(every)
+        assert len(few.products) == 24
+        rows = [20 * call + (n * 20) // 8 for call in range(3) for n in range(8)]
+        assert torch.allclose(few.products, whole.products[rows])
+        assert torch.equal(few.weights, whole.weights[rows])
+        part = BlockOutputs(record(model, most=60, calls=3)[1])
+        assert part.error((1, 4)) == pytest.approx(whole.error((1, 4)))

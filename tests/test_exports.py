@@ -9,7 +9,7 @@ from tiny import compressed, load, load_class, quick_config, relative_rms, save_
 from transformers_mcmoe import PruneConfig, unpack
 
 FAMILIES = ("mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "dbrx", "longcat_flash", "afmoe", "lfm2_moe",
-            "minimax_m2", "phimoe")  # fmt: skip
+            "minimax_m2", "phimoe", "granitemoe")  # fmt: skip
 
 
 def pruned(family, folder, **changes):
@@ -86,3 +86,6 @@ def test_experts_that_stay_dense(tmp_path):
     model = pruned("mixtral", tmp_path / "dense", prune=None, modules_to_not_convert=["model.layers.1"])
     ids = tokens(2, 16)
     assert relative_rms(unpack(model)(ids).logits, model(ids).logits) < 2e-3
+    model = pruned("mixtral", tmp_path / "dense", modules_to_not_convert=["model.layers.1"])
+    with pytest.raises(ValueError, match="The layers keep between 6 and 8 experts"):
+        unpack(model)

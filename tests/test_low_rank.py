@@ -2,6 +2,7 @@
 """Low-rank factors: the mathematics, and compressed models that have them in the place of matrices or beside them."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers_mcmoe import (
     compression_report,
     unpack,
 )
+from transformers_mcmoe.integrations.card import build_card
 from transformers_mcmoe.kernels import ops
 from transformers_mcmoe.plan import ExpertWidths, Plan, average_bits
 from transformers_mcmoe.quantization import Grid, pack, quantize
@@ -292,6 +294,16 @@ def test_average_and_bytes(mixtral):
     )
     expected = (factors + 8 * attention) / (weights + attention)
     assert report["average_bits"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_cards(mixtral):
+    """A given plan with ranks, whose config knows none."""
+    plan = plan_of(compressed(mixtral, alone()))
+    report = json.loads(json.dumps(compression_report(compressed(mixtral, quick_config(plan=plan.to_dict())))))
+    assert report["config"]["rank"] is None
+    assert "are kept as two thin factors per matrix (ranks 32 to 32, 8 bits)" in str(
+        build_card("me/packed", report, {})
+    )
 
 
 class TestPlan:

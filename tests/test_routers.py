@@ -143,6 +143,28 @@ def test_copies_and_later_weights():
         assert torch.equal(model(ids).logits, expected)
 
 
+def test_pickled(tmp_path):
+    model, experts = first(spread(tiny_model("mixtral")))
+    Router(model, experts).keep([0, 3, 5])
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    with torch.no_grad():
+        assert torch.equal(again(tokens(1, 16)).logits, model(tokens(1, 16)).logits)
+
+
+def test_mode_follows():
+    """PhiMoE's router samples while it trains, and only then."""
+    model, experts = first(spread(tiny_model("phimoe")))
+    router = Router(model.train(), experts)
+    router.module.router_jitter_noise = 0.5  # all experts come near enough to the best one to be drawn
+    router.keep(range(6))
+    x = torch.randn(64, 64)
+    with torch.no_grad():
+        assert not torch.equal(router.module(x)[2], router.module(x)[2])
+        model.eval()
+        assert torch.equal(router.module(x)[2], router.module(x)[2])
+
+
 def test_gradients_reach_the_kept_rows():
     model, experts = first(spread(tiny_model("mixtral")))
     router = Router(model, experts)

@@ -64,7 +64,7 @@ def plan(
     looked = preview(empty, config, dtype=kind)
     chosen = _measured(model, empty, options, kind) if measure or save is not None else None
     if chosen is not None:
-        layers = per_layer(Structure(empty), chosen)
+        layers = per_layer(Structure(empty, modules_to_not_convert=config.modules_to_not_convert), chosen)
         looked = dataclasses.replace(looked, layers=layers, decided=True)
         if save is not None:
             write_whole(save, json.dumps(chosen.to_dict(), indent=1) + "\n")

@@ -154,8 +154,8 @@ class MCMoEConfig(QuantizationConfigMixin):
         max_memory: int | str | None = None,
         device: str | torch.device | None = None,
         plan: Mapping[str, Any] | str | Path | Plan | None = None,
-        prune: float | PruneConfig | Mapping[str, Any] | None = None,
-        rank: float | RankConfig | Mapping[str, Any] | None = None,
+        prune: float | str | PruneConfig | Mapping[str, Any] | None = None,
+        rank: float | str | RankConfig | Mapping[str, Any] | None = None,
         odp: bool | ODPConfig | Mapping[str, Any] | None = None,
         otp: bool | OTPConfig | Mapping[str, Any] | None = None,
         progress: Callable[[Any], None] | None = None,
@@ -229,6 +229,12 @@ class MCMoEConfig(QuantizationConfigMixin):
     def factors(self) -> RankConfig | None:
         """The given mean rank; None if there is none."""
         return None if self.rank is None or self.rank.auto else self.rank
+
+    @property
+    def factored(self) -> bool:
+        """Whether some experts may get factors, by a given plan or otherwise."""
+        planned = self.plan is not None and any(any(widths.ranks) for widths in self.plan.experts.values())
+        return planned or self.rank is not None
 
     @property
     def only_factors(self) -> bool:

@@ -36,7 +36,7 @@ class PruneConfig:
         tokens: calibration tokens that blocks are looked at on; fewer where experts are so many that their inner
             products, of `field` layers together, would take more than 192 MB.
         candidates: K, sets of each layer that are combined with those of its neighbours.
-        field: T, layers whose sets are combined.
+        field: T, layers whose sets are combined, and which are in memory together.
         population: of the genetic search, where not all sets can be tried.
         generations: of it.
 
@@ -58,7 +58,14 @@ class PruneConfig:
         check(share or self.auto, "prune", self.ratio, "a share in (0, 1), or 'auto'")
         check(self.method in METHODS, "method", self.method, f"one of {METHODS}")
         check(self.importance in IMPORTANCES, "importance", self.importance, f"one of {IMPORTANCES}")
-        fixed = ("method", "importance", "candidates", "field", "population", "generations")
+        fixed = (
+            "method",
+            "importance",
+            "candidates",
+            "field",
+            "population",
+            "generations",
+        )  # all but ratio and tokens
         given = [name for name in fixed if getattr(self, name) != type(self).__dataclass_fields__[name].default]
         check(
             not (self.auto and given),
@@ -87,7 +94,7 @@ class PruneConfig:
 
     @property
     def even(self) -> bool:
-        """Whether all layers drop the same share."""
+        """Whether all layers drop the same share, up to remainders and groups."""
         return self.method != "moe_i2"
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,7 +103,7 @@ class PruneConfig:
 
     @classmethod
     def read(cls, value: Any) -> PruneConfig | None:
-        """What a user or config.json gives: None and False are none, a number the ratio, True a quarter, a dict the JSON form.
+        """What a user or config.json gives: None and False are none, a number or "auto" the ratio, True a quarter, a dict the JSON form.
 
         Raises:
             ValueError: something else, or an unknown option.
@@ -109,7 +116,7 @@ class RankConfig:
     """Two thin factors in the place of every matrix of the experts, or beside it (arXiv 2411.01016, stage 2).
 
     Args:
-        mean: rank, over the kept experts of a layer, or "auto": one program chooses widths and ranks, as with `PruneConfig`.
+        mean: rank, over the kept experts of a layer, met as far as multiples of `step` allow, or "auto": one program chooses widths and ranks, as with `PruneConfig`.
         bits: width of the factors.
         base: keep the matrices, at the widths that `bits` of the compression allows, and let factors make up for their rounding; their
             codes count in that average. Without it the average follows from the ranks.
@@ -160,7 +167,7 @@ class RankConfig:
 
     @classmethod
     def read(cls, value: Any) -> RankConfig | None:
-        """What a user or config.json gives: None and False are none, a number the mean rank, a dict the JSON form.
+        """What a user or config.json gives: None and False are none, a number or "auto" the mean, True the defaults, a dict the JSON form.
 
         Raises:
             ValueError: something else, or an unknown option.

@@ -101,6 +101,12 @@ def validate(config: MCMoEConfig) -> None:
         if part is None or not part.auto:
             continue
         check(other is None or other.auto, name, "auto", "used without a number for the other of prune and rank")
+        check(
+            name == "prune" or config.rounding == "gptq",
+            name,
+            "auto",
+            "used with rounding='gptq', which factors are measured by",
+        )
         check(config.activations == "compressed", name, "auto", "used with activations='compressed'")
         check(
             config.num_samples > 1, "num_samples", config.num_samples, "2 or more with 'auto', which keeps some apart"

@@ -115,8 +115,8 @@ def build_card(
         parts=_parts(report),
         experts=_experts(report),
         license=facts.get("license"),
-        mixed=any(len(set(widths) - {"0"}) > 1 for widths in report["expert_bits"].values()),
-        widths=sorted({width for own in report["expert_bits"].values() for width in own} - {"0"}),
+        mixed=any(len(set(widths) - {"0"}) > 1 for widths in _all_widths(report)),
+        widths=sorted({w for own in _all_widths(report) for w in own} - {"0"}),
         factored=_factored(report),
         command=command_line(report, base_model or model_name(report), repo_id.rpartition("/")[2]),
         source=source,
@@ -150,10 +150,15 @@ def _parts(report: Mapping[str, Any]) -> list[tuple[str, str, int]]:
     return rows
 
 
+def _all_widths(report: Mapping[str, Any]) -> list[str]:
+    """Widths of each layer's experts, of gate and up and of down."""
+    return [*report["expert_bits"].values(), *report.get("down_bits", {}).values()]
+
+
 def _factored(report: Mapping[str, Any]) -> str:
     """Ranks and width of low-rank factors, "" without any."""
     ranks = [rank for own in (report.get("ranks") or {}).values() for rank in own if rank]
-    return f"ranks {min(ranks)} to {max(ranks)}, {report['config']['rank']['bits']} bits" if ranks else ""
+    return f"ranks {min(ranks)} to {max(ranks)}, {report['rank_bits']} bits" if ranks else ""
 
 
 def _experts(report: Mapping[str, Any]) -> tuple[int, int]:

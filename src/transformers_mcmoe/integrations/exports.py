@@ -61,7 +61,9 @@ def _config(model: Any, plan: Plan) -> Any:
             part._attn_implementation = base_implementation(part)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    others = find_experts(model, skip=PackedExperts, required=False)
     found = {len(widths.kept) for widths in plan.experts.values()}
+    found |= {experts.num_experts for path, experts in others.items() if path not in plan.experts}
     if len(found) > 1:
         raise ValueError(
             f"The layers keep between {min(found)} and {max(found)} experts, but a model's config in transformers has one number for "
@@ -123,7 +125,11 @@ def _fill(plain: Any, model: Any, plan: Plan, dtype: torch.dtype) -> None:
     rows = _rows_of(model, plan)
     sources = dict(model.named_parameters()) | dict(model.named_buffers())
     own = find_experts(plain)
-    wide = (*(plain._keep_in_fp32_modules or ()), *(plain._keep_in_fp32_modules_strict or ()))
+    wide: tuple[str, ...] = ()  # what transformers keeps in float32 beside weights of 16 bits
+    if dtype.itemsize == 2:
+        wide = (*(plain._keep_in_fp32_modules_strict or ()),)
+    if dtype == torch.float16:
+        wide += (*(plain._keep_in_fp32_modules or ()),)
     inside = tuple(path + "." for path in own if path in plan.experts)
     for name, tensor in [*plain.named_parameters(), *plain.named_buffers()]:
         source = sources.get(name)
@@ -134,8 +140,8 @@ def _fill(plain: Any, model: Any, plan: Plan, dtype: torch.dtype) -> None:
         elif source is not None and source.dtype != torch.uint8:
             kept = next((kept for prefix, kept in rows.items() if name.startswith(prefix)), [])
             value = _rows(source.data, tensor.shape, kept)
-            # what is kept in float32 beside weights of 16 bits stays so
-            value = value if value.dtype != model.dtype or any(part in name for part in wide) else value.to(dtype)
+            if value.is_floating_point():
+                value = value.to(torch.float32 if any(part in name for part in wide) else dtype)
         elif name.startswith(inside):
             value = torch.zeros(tensor.shape, dtype=dtype)  # of experts, which follow
         else:

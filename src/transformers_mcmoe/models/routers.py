@@ -63,11 +63,16 @@ class Slice:
         tensors = [*router.parameters(), *router.buffers()]
         memo: dict[int, Any] = {id(tensor): _placeholder(tensor) for tensor in tensors}
         twin = copy.deepcopy(router, memo)
+        twin.train(router.training)
         for part in twin.modules():
             for hooks in (part._forward_hooks, part._forward_pre_hooks):
                 hooks.clear()
             part.__dict__.pop("forward", None)
         return twin
+
+    def train(self, mode: bool) -> None:
+        """Some routers are random while they train."""
+        self._twin.train(mode)
 
     def keep(self, kept: Sequence[int]) -> None:
         """Let these experts take part, in ascending order."""
@@ -88,13 +93,11 @@ class Slice:
 
     def call(self, router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the router returns for its arguments, with the ids of all experts."""
-        if self._twin.training != router.training:
-            self._twin.train(router.training)
-        for own, part in zip(self._twin.children(), router.children(), strict=True):
-            if type(own) is not type(part):
+        for name in self._names:
+            if hasattr(router.get_submodule(name.rpartition(".")[0]), "base_layer"):
                 raise ValueError(
-                    f"An adapter wraps a part of the {type(self._twin).__name__}, some of whose experts were dropped, and would have no effect; "
-                    "leave the router out of target_modules."
+                    f"An adapter wraps '{name}' of the {type(self._twin).__name__}, some of whose experts were dropped, and would have no "
+                    "effect; leave the router out of target_modules."
                 )
         if self._masks:
             state = {name: self._masked(name, _tensor(router, name)) for name in self._names}
@@ -163,6 +166,25 @@ class SlicedRouter(nn.Module):
         own: Slice = self.__dict__[SLICE]
         return own.call(self, args, kwargs)
 
+    def train(self, mode: bool = True) -> Any:
+        """As any module; its `Slice` follows."""
+        self.__dict__[SLICE].train(mode)
+        return super().train(mode)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the class is made on the fly and has no name that could be imported
+        return _empty, (type(self).__mro__[2],), self.__dict__
+
+
+def _sliced(kind: type) -> type:
+    """A router's class with `SlicedRouter` mixed in."""
+    return type(f"Sliced{kind.__name__}", (SlicedRouter, kind), {})
+
+
+def _empty(kind: type) -> Any:
+    sliced: Any = _sliced(kind)
+    return sliced.__new__(sliced)
+
 
 _REFUSED = "The router of class {} cannot be sliced: it {}; its experts cannot be pruned."
 
@@ -215,8 +237,7 @@ class Router:
         if own is None:
             count = self._experts.num_experts
             own = self.module.__dict__[SLICE] = Slice(self.module, count, self._identity, self.groups)
-            kind = type(self.module)
-            self.module.__class__ = type(f"Sliced{kind.__name__}", (SlicedRouter, kind), {})
+            self.module.__class__ = _sliced(type(self.module))
         own.keep(kept)
 
     def check(self, kept: Sequence[int]) -> None:

@@ -67,6 +67,7 @@ class Dropper:
         self._config = config.prune or PruneConfig()
         self._looks = looks(config)
         self._least = sum(config.at_least.values())
+        self._together = 1  # layers whose inner products are in memory at once
         self.routers = routers_for(self._structure, config.drops) if self._looks else {}
         length = self._runner.tokens.shape[1]
         self._sequences = min(len(self._runner.tokens), -(-self._config.tokens // length))
@@ -109,6 +110,7 @@ class Dropper:
         numbers = drops(self._structure, self._config, self.routers, self.found.importance, self._least)
         self._runner.restart(self._sequences)
         states = self._runner.states()
+        self._together = self._config.field if states and not self._config.even else 1
         for group in self._groups(layers, bool(states)):
             states = self._drop(group, states, numbers)
             for _ in group:
@@ -205,7 +207,14 @@ class Dropper:
                 assert isinstance(experts, FusedExperts)
                 block = model.get_submodule(path.rpartition(".")[0])
                 recorders[path] = BlockRecorder(
-                    layer, block, experts, self.routers[path], self._relative, self._config.tokens, self._config.field
+                    layer,
+                    block,
+                    experts,
+                    self.routers[path],
+                    self._relative,
+                    self._config.tokens,
+                    self._runner.calls,
+                    self._together,
                 )
                 stack.enter_context(recorders[path].observe())
             yield recorders

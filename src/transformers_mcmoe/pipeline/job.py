@@ -125,12 +125,13 @@ class Job:
         measured = Measured(errors, self._measurer.linears, self._measurer.scales())
         if self._joint.plan(widths, measured) is None:
             return self._timed("quantize", lambda: self._quantize(widths))
+        start = len(self.fallbacks)
         plan, files = self._timed("quantize", lambda: self._quantize(widths, judged=True))
         found = {"widths": self._runner.divergence(self._runner.states(judged=True), self._dense)}
         joint = self._corrected(widths, measured, found["widths"])
         if joint is None:
             return plan, files
-        before, known, notes = self.writer, copy.deepcopy(self.layers), list(self.fallbacks)
+        before, known, middle = self.writer, copy.deepcopy(self.layers), len(self.fallbacks)
         self.writer = Writer(self._structure, self._runner.weights.targets)
         self._structure.follow(joint)
         self._runner.restart()
@@ -139,11 +140,12 @@ class Job:
         self.compared = found
         if found["joint"] < found["widths"]:
             plan, files, others = chosen, others, files
+            del self.fallbacks[start:middle]  # notes of the plan that is not taken
         else:
             self._structure.keep_all()
             self.writer = before
             self.layers.update(known)
-            self.fallbacks[:] = notes
+            del self.fallbacks[middle:]
         for file in others:
             file.unlink()
         return plan, files
@@ -222,9 +224,9 @@ class Job:
             self._structure.follow(config.plan)
         elif config.drops is not None or config.factors is not None:
             dropper = Dropper(self._watcher, config, self._work, self._meter)
-            self.dropped = self._timed(
-                "structure", lambda: dropper.run(self._layers()), dropper.passes() * len(self._layers())
-            )
+            steps = dropper.passes() * len(self._layers())
+            run = lambda: dropper.run(self._layers())  # noqa: E731
+            self.dropped = self._timed("structure", run, steps) if steps else run()
             self._allocator = Allocator(self._structure, config, budgets_of(self._structure, config))
 
     def _timed(self, stage: str, work: Callable[[], Any], layers: int | None = None) -> Any:

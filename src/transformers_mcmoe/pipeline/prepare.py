@@ -98,7 +98,9 @@ def sized(structure: Structure, config: MCMoEConfig, dtype: torch.dtype) -> MCMo
     weights = sum(matrix.weights for matrix in low)
     parameters, tensors = structure.parameters()
     # an entry of a tensor in a file's header holds its name, shape and place
-    fixed = (parameters - weights) * dtype.itemsize + _HEADER * (tensors + len(low))
+    fixed = (parameters - weights) * dtype.itemsize + _HEADER * (
+        tensors + len(low) + 2 * sum(matrix.rank > 0 for matrix in low)
+    )
     # scales and zeros do not depend on widths, so that bytes grow with the average, padding with the weights
     most = sum(matrix.packed_bytes(config.group_size) for matrix in high)
     per_byte = (average_bits(high) - average_bits(low)) / max(most - least, 1)
@@ -236,7 +238,7 @@ def hessian_memory(structure: Structure, config: MCMoEConfig, dtype: torch.dtype
             "seq_len, or leave tuning_steps out."
         )
     more = config.max_memory_bytes - need
-    return least + (more // 2 if config.rank is not None else more)  # factors need the Hessians' copies, too
+    return least + (more // 2 if config.factored else more)  # factors need the Hessians' copies, too
 
 
 def tuning_memory(structure: Structure, config: MCMoEConfig, dtype: torch.dtype) -> int:
@@ -263,7 +265,7 @@ def memory_parts(structure: Structure, dtype: torch.dtype, config: MCMoEConfig) 
     sizes = [ExpertHessians.bytes_per_expert(experts) for experts in structure.experts.values()]
     single = max(sizes + [4 * module.in_features**2 for module in modules])
     # Hessians are copied for factors, and rooted in float64
-    held = max(4 * layer, 2 * layer + (4 if config.rank is None else 9) * single)
+    held = max(4 * layer, 2 * layer + (9 if config.factored else 4) * single)
     if config.drops is not None and config.plan is None and not config.drops.even:
         held = max(held, (1 + config.drops.field) * layer)
     return layer, held, rest
@@ -279,7 +281,7 @@ def disk_need(structure: Structure, config: MCMoEConfig, tokens: int, dtype: tor
     if config.drops is not None and config.drops.importance == "loss" and config.plan is None:
         every = sum(experts.num_experts for experts in structure.experts.values())
         samples += every * loss_sequences(config.seq_len) * config.seq_len
-    factors = config.rank.bits if config.rank is not None else 0
+    factors = 8 if config.factored else 0
     packed = weights * (max(4, *config.expert_bits) + factors) // 8
     if config.joint and config.plan is None:
         packed *= 2  # two plans are rounded

@@ -34,7 +34,7 @@ from transformers_mcmoe.pipeline.prepare import (
     tuning_memory,
 )
 from transformers_mcmoe.pipeline.rounding import ROWS, grid_of
-from transformers_mcmoe.plan import ExpertWidths, Matrix, Plan, average_bits, bits_per_weight
+from transformers_mcmoe.plan import ExpertWidths, Plan, average_bits, bits_per_weight
 from transformers_mcmoe.quantization import Factor, dequantize, gptq, group_size_for, pack, quantize
 from transformers_mcmoe.routing.prunable import TOP_K
 from transformers_mcmoe.structure import search_is_exhaustive
@@ -117,7 +117,10 @@ def preview(model: Any, config: MCMoEConfig, *, dtype: torch.dtype) -> Preview:
     tokens = config.num_samples * config.seq_len
     return Preview(
         layers=per_layer(structure, plan),
-        decided=config.plan is not None or config.budget == "layer" or config.allocation == "uniform",
+        decided=config.plan is not None
+        or config.only_factors
+        or config.budget == "layer"
+        or config.allocation == "uniform",
         average_bits=average_bits(matrices),
         bits_per_weight=bits_per_weight(matrices, config.group_size),
         experts=sum(experts.num_experts for experts in structure.experts.values()),
@@ -133,10 +136,8 @@ def preview(model: Any, config: MCMoEConfig, *, dtype: torch.dtype) -> Preview:
 
 def per_layer(structure: Structure, plan: Plan) -> dict[str, float]:
     """Average bits of each experts module's weights, by path."""
-    found: dict[str, list[Matrix]] = {path: [] for path in plan.experts}
-    for matrix in structure.matrices(Plan(plan.experts)):
-        found[matrix.name.rpartition(".")[0].rpartition(".")[0]].append(matrix)
-    return {path: average_bits(own) for path, own in found.items()}
+    matrices = structure.matrices(Plan(plan.experts))
+    return {path: average_bits([m for m in matrices if m.name.startswith(f"{path}.")]) for path in plan.experts}
 
 
 def _even(kept: int, count: int, config: MCMoEConfig, budget: int, ranks: tuple[int, ...]) -> ExpertWidths:
@@ -157,7 +158,8 @@ class _Clock:
         self._device = config.device or torch.device("cpu")
         self._tokens = config.num_samples * config.seq_len
         # of the tokens that errors are measured on, where that is a pass of its own
-        self._apart = config.plan is None and config.budget == "model" and config.allocation != "uniform"
+        chosen = config.plan is None and not config.only_factors
+        self._apart = chosen and config.budget == "model" and config.allocation != "uniform"
         share = measuring.measured_sequences(config.num_samples, config.seq_len) / config.num_samples
         self._share = share if self._apart else 1.0
         self._limit = hessian_memory(structure, config, dtype)
@@ -176,7 +178,7 @@ class _Clock:
     def seconds(self) -> dict[str, float]:
         """By stage."""
         config = self._config
-        measured = config.plan is None and config.allocation in MEASURED
+        measured = config.plan is None and not config.only_factors and config.allocation in MEASURED
         errors = self._measuring() if measured else 0.0
         found = {}
         if looks(config) and not config.joint and config.plan is None:
@@ -191,12 +193,13 @@ class _Clock:
         if config.rounding == "gptq" and config.sequential:
             counting += 2 * self._forward()  # gate and up twice, down once, attention
         found["quantize"] = rounding + counting + self._forward() + (0.0 if self._apart else errors)
-        if config.rank is not None and config.plan is None:
+        if config.factored:
             found["quantize"] += self._factorizing()
         if config.joint and config.plan is None:
-            found["allocate"] += (self._dropping(PruneConfig(method="reap")) if config.prune is not None else 0.0) + (
-                0.0 if config.rank is None else errors + _OPTIONS * self._factorizing()
+            looked = (
+                0.0 if config.prune is None else self._dropping(PruneConfig(method="reap", tokens=config.prune.tokens))
             )
+            found["allocate"] += looked + (0.0 if config.rank is None else errors + _OPTIONS * self._factorizing())
             found["quantize the joint plan"] = found["quantize"]
         if config.tuning_steps:
             found["tune"] = self._tuning()
@@ -224,7 +227,7 @@ class _Clock:
         seconds = passes * self._forward() * tokens / self._tokens
         for path, experts in self._structure.experts.items():
             count = experts.num_experts
-            used = min(tokens, PRODUCTS // (4 * count**2))
+            used = min(tokens, PRODUCTS // (4 * count**2 * (1 if prune.even else prune.field)))
             hidden = experts.projections[0].in_features
             each = 2 * used * (self._structure.expert_weights(path) + count * hidden)
             seconds += (1 if prune.even else 2) * count * each / self._rate

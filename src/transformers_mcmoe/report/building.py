@@ -59,6 +59,7 @@ def build_report(model: nn.Module, config: MCMoEConfig, result: Compressed) -> d
         "average_bits": average_bits(matrices),
         "bits_per_weight": bits_per_weight(matrices, config.group_size),
         "expert_bits": {path: "".join(map(str, widths.gate_up)) for path, widths in result.plan.experts.items()},
+        "rank_bits": max((widths.rank_bits for widths in result.plan.experts.values()), default=0),
         "ranks": {path: list(widths.ranks) for path, widths in result.plan.experts.items() if any(widths.ranks)},
         "down_bits": {path: "".join(map(str, widths.down)) for path, widths in result.plan.experts.items()},
         "dropped_experts": _dropped(result),

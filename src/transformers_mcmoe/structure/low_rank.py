@@ -67,7 +67,7 @@ def root_of(hessian: Tensor) -> Tensor:
         return torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
     share = DAMPING
     while True:
-        damped = hessian.to(torch.float64)
+        damped = hessian.to(torch.float64, copy=True)
         damped.diagonal().add_(share * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:

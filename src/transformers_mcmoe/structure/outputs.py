@@ -82,7 +82,8 @@ class BlockRecorder:
         experts: adapter of the experts, with their dense weights.
         router: their router.
         relative: divide a token's squared change by its norm and by the median norm, as `output_errors` does.
-        most: tokens that are kept at most.
+        most: tokens that are kept at most, as many of each call.
+        calls: how often the layer will be run.
         together: blocks that are looked at together, which share the memory for inner products.
     """
 
@@ -94,6 +95,7 @@ class BlockRecorder:
         router: Router,
         relative: bool,
         most: int,
+        calls: int = 1,
         together: int = 1,
     ) -> None:
         self._layer, self._block, self._experts, self._router = layer, block, experts, router
@@ -101,6 +103,8 @@ class BlockRecorder:
         self.num_experts = experts.num_experts
         self._columns = self.num_experts + (1 if experts.identity_experts else 0)
         self._most = min(most, max(1, PRODUCTS // (4 * self._columns**2 * together)))
+        self._each = -(-self._most // calls)
+        self._rows: list[Tensor] = []  # of the tokens of each call that are kept
         self._tokens = LayerTokens()
         self._x: list[Tensor] = []
         self._norms: list[Tensor] = []
@@ -116,14 +120,16 @@ class BlockRecorder:
 
     @contextmanager
     def observe(self) -> Iterator[None]:
-        """While open, calls are recorded until there are enough; of the last one only the first tokens count."""
+        """While open, calls are recorded, some tokens of each evenly spread over it."""
 
         def reach(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if not self.full:
                 x, index, weights = self._experts.route(*args)
                 norms = self._tokens.norms(torch.arange(len(x), device=x.device))
-                taken = slice(self._most - sum(map(len, self._x)))
-                self._x.append(x[taken].detach().clone())
+                count = min(len(x), self._each, self._most - sum(map(len, self._x)))
+                taken = torch.arange(count, device=x.device) * len(x) // count
+                self._rows.append(taken)
+                self._x.append(x[taken].detach())
                 self._norms.append(torch.zeros_like(x[taken, 0]) if norms is None else norms[taken])
                 self._given.append(self._dense(index, weights)[taken])
                 # both were called with these tokens a moment ago
@@ -155,7 +161,7 @@ class BlockRecorder:
             if self._direct is None:
                 self._direct = self._is_direct(kept)
             ask = self._ask_router if self._direct else self._ask_block
-            return torch.cat([ask(call)[: len(x)] for call, x in enumerate(self._x)])
+            return torch.cat([ask(call)[rows] for call, rows in enumerate(self._rows)])
 
     def _is_direct(self, kept: Sequence[int]) -> bool:
         """Whether the router returns what the experts are given, so that the rest of the block need not run."""

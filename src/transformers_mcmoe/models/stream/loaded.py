@@ -28,6 +28,10 @@ class LoadedRunner(LayerRunner):
         weights.tie()
         weights.check_embeddings()
 
+    @property
+    def calls(self) -> int:
+        return len(self._batches)
+
     def restart(self, sequences: int | None = None) -> None:
         self.sequences = min(sequences or len(self.tokens), len(self.tokens))
         self._batches = list(self.tokens[: self.sequences].split(self._batch))

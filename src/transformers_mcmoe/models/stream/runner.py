@@ -42,6 +42,11 @@ class LayerRunner(ABC):
     recomputes = False
     judged = 0
 
+    @property
+    @abstractmethod
+    def calls(self) -> int:
+        """How often `replay` runs a layer."""
+
     @abstractmethod
     def restart(self, sequences: int | None = None) -> None:
         """Begin again with the first layer's inputs: of the first `sequences`, default all."""

@@ -18,6 +18,9 @@ from transformers_mcmoe.models.stream.checkpoint import Weights, unload
 from transformers_mcmoe.models.stream.runner import LastLayer, LayerRunner, model_inputs, squared_norm
 from transformers_mcmoe.workdir import mapped_tensor
 
+# tokens whose logits are held at once
+HEAD = 128
+
 
 class NotStreamable(Exception):
     """A model's layers cannot be run one by one; the message says why."""
@@ -152,6 +155,10 @@ class LayerStream(LayerRunner):
                 del module.forward
         raise NotStreamable("the model does not call all of its decoder layers")
 
+    @property
+    def calls(self) -> int:
+        return max(1, len(self._batches) - self._skipped)
+
     def restart(self, sequences: int | None = None) -> None:
         self.sequences = min(sequences or len(self.tokens), len(self.tokens))
         self._batches = self._split(self.sequences)
@@ -199,21 +206,24 @@ class LayerStream(LayerRunner):
         total, count = 0.0, 0
         with self._with_head():
             for batch, mine, theirs in zip(self._batches, states, dense, strict=False):
-                for tokens, own, other in zip(self.tokens[batch], mine, theirs, strict=True):
-                    q, p = (
-                        self._logits(tokens[None], x[None]).to(torch.float32).log_softmax(-1) for x in (own, other)
-                    )
-                    total += float((p.exp() * (p - q)).sum(-1).sum(dtype=torch.float64))
-                    count += len(tokens)
+                for row, own, other in zip(self.tokens[batch], mine, theirs, strict=True):
+                    count += len(row)
+                    for part in zip(row.split(HEAD), own.split(HEAD), other.split(HEAD), strict=True):
+                        tokens, *states_of = (x[None] for x in part)
+                        q, p = (self._logits(tokens, x).to(torch.float32).log_softmax(-1) for x in states_of)
+                        total += float((p.exp() * (p - q)).sum(-1).sum(dtype=torch.float64))
         return total / count
 
     def _loss(self, states: Sequence[Tensor]) -> float:
         total, count = 0.0, 0
         for batch, hidden in zip(self._batches, states, strict=False):
-            for tokens, own in zip(self.tokens[batch], hidden, strict=True):
-                logits = self._logits(tokens[None], own[None])[0, :-1].to(torch.float32)
-                total += float(functional.cross_entropy(logits, tokens[1:].to(logits.device), reduction="sum"))
-                count += len(tokens) - 1
+            for row, own in zip(self.tokens[batch], hidden, strict=True):
+                count += len(row) - 1
+                for tokens, wanted, part in zip(
+                    row[:-1].split(HEAD), row[1:].split(HEAD), own[:-1].split(HEAD), strict=True
+                ):
+                    logits = self._logits(tokens[None], part[None])[0].to(torch.float32)
+                    total += float(functional.cross_entropy(logits, wanted.to(logits.device), reduction="sum"))
         return total / count
 
     def _logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
