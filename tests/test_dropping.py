@@ -306,6 +306,19 @@ class TestRefused:
         with pytest.raises(ValueError, match=message):
             compressed(tmp_path, quick_config(plan=plan))
 
+    def test_conditions_that_layers_must_be_able_to_pay(self, tmp_path):
+        """A layer that matters little keeps as many experts as two of 8 bits need."""
+        model = spread(tiny_model("mixtral"))
+        for parameter in model.model.layers[0].mlp.experts.parameters():
+            parameter.data.mul_(0.01)
+        model.save_pretrained(tmp_path)
+        options = {"bits": 3.1, "expert_bits": (2, 4, 8), "budget": "layer", "attention_bits": 4}
+        plain = plan_of(compressed(tmp_path, quick_config(prune=0.35, **options)))
+        asked = plan_of(compressed(tmp_path, quick_config(prune=0.35, at_least={8: 2}, **options)))
+        kept = [[len(widths.kept) for widths in plan.experts.values()] for plan in (plain, asked)]
+        assert kept[0][0] < kept[1][0]
+        assert all(sum(bits == 8 for bits in widths.gate_up) >= 2 for widths in asked.experts.values())
+
     def test_none_at_all(self, mixtral):
         with pytest.raises(ValueError, match=r"prune=0\.01 drops none of 16 experts; give 0\.0625 at least"):
             compressed(mixtral, config_for(0.01))

@@ -52,13 +52,14 @@ class Dropper:
         config: of the compression.
         work: where hidden states lie.
         meter: shows progress.
+        least: experts that a layer keeps in any case.
 
     Attributes:
         routers: by experts path.
         found: what was measured.
     """
 
-    def __init__(self, watcher: Watcher, config: MCMoEConfig, work: WorkDir, meter: Meter) -> None:
+    def __init__(self, watcher: Watcher, config: MCMoEConfig, work: WorkDir, meter: Meter, least: int = 1) -> None:
         self._watcher, self._meter, self._work = watcher, meter, work
         self._structure, self._runner = watcher.structure, watcher.runner
         self._relative = config.eps == "final"  # as errors of widths are
@@ -66,7 +67,7 @@ class Dropper:
         self._seed, self._rank, self._prunes = config.seed, config.factors, config.drops is not None
         self._config = config.prune or PruneConfig()
         self._looks = looks(config)
-        self._least = sum(config.at_least.values())
+        self._least = least
         self._together = 1  # layers whose inner products are in memory at once
         self.routers = routers_for(self._structure, config.drops) if self._looks else {}
         length = self._runner.tokens.shape[1]

@@ -23,6 +23,7 @@ from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.pipeline.allocating import MEASURED, Allocator
 from transformers_mcmoe.pipeline.dropping import Dropped, Dropper
 from transformers_mcmoe.pipeline.joint import JointProgram, Measured
+from transformers_mcmoe.pipeline.kept import kept_counts, least_paying
 from transformers_mcmoe.pipeline.measuring import Measurer
 from transformers_mcmoe.pipeline.prepare import budgets_of
 from transformers_mcmoe.pipeline.rounding import ExpertRounder, Packed, rebuilt
@@ -68,7 +69,7 @@ class Job:
         meter: Meter,
         limit: int,
     ) -> None:
-        self._structure, self._runner, self._config = structure, runner, config
+        self._structure, self._runner, self._config, self._budgets = structure, runner, config, budgets
         self._work, self._meter = work, meter
         self._allocator = Allocator(structure, config, budgets)
         self._watcher = Watcher(structure, runner, config, work, limit)
@@ -223,7 +224,8 @@ class Job:
         if config.plan is not None:
             self._structure.follow(config.plan)
         elif config.drops is not None or config.factors is not None:
-            dropper = Dropper(self._watcher, config, self._work, self._meter)
+            least = least_paying(config, kept_counts(self._structure, config), self._budgets)
+            dropper = Dropper(self._watcher, config, self._work, self._meter, least)
             steps = dropper.passes() * len(self._layers())
             run = lambda: dropper.run(self._layers())  # noqa: E731
             self.dropped = self._timed("structure", run, steps) if steps else run()

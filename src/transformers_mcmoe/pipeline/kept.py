@@ -130,6 +130,23 @@ def drops(
     return dict(zip(sizes, found, strict=True))
 
 
+def least_paying(config: MCMoEConfig, kept: Mapping[str, int], budgets: Mapping[str, int]) -> int:
+    """Experts that a layer must keep for its share of the bits to pay for `at_least`; 0 without.
+
+    Args:
+        config: of the compression.
+        kept: experts by path if all layers drop the same share.
+        budgets: sums of their widths then.
+    """
+    asked, low = sum(config.at_least.values()), config.expert_bits[0]
+    if not asked or not any(budgets.values()):
+        return asked
+    each = sum(budgets.values()) / sum(kept.values())  # bits per kept expert, wherever it lies
+    # a layer's share is a whole number, so that it may lack one bit
+    more = 1 + sum((width - low) * count for width, count in config.at_least.items())
+    return max(asked, math.ceil(more / (each - low))) if each > low else max(kept.values())
+
+
 def kept_counts(structure: Structure, config: MCMoEConfig) -> dict[str, int]:
     """How many experts each module keeps; before they are chosen, as if all dropped the same share."""
     if config.drops is None or structure.kept:
