@@ -49,6 +49,7 @@ def test_without_lm_eval(monkeypatch):
         run_benchmarks(None, None, ["piqa"])
 
 
+@pytest.mark.slow
 def test_tasks_on_a_packed_model(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra eval)")
     import datasets

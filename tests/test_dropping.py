@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_routers import spread
-from tiny import compressed, load, load_class, quick_config, save_dense, tiny_model, tokens
+from tiny import compressed, families, load, load_class, quick_config, save_dense, tiny_model, tokens
 from torch.nn import functional
 
 from transformers_mcmoe import (
@@ -39,7 +39,7 @@ def plan_of(model):
     return model.hf_quantizer.quantization_config.plan
 
 
-@pytest.fixture(scope="module", params=PAPERS)
+@pytest.fixture(scope="module", params=families(PAPERS, ["qwen2_moe"]))
 def folder(request, tmp_path_factory):
     """A dense checkpoint whose routers send tokens everywhere."""
     path = tmp_path_factory.mktemp(request.param) / "dense"
@@ -150,6 +150,7 @@ def test_target_size(mixtral):
     assert 360e3 < size <= 400e3
 
 
+@pytest.mark.slow
 def test_tuning_on_top(mixtral):
     """Grids, norms and sliced routers are trained; nothing is left out with a note."""
     config = config_for(0.25, tuning_steps=4, dataset=tokens(16, 32), num_samples=16)
@@ -231,6 +232,7 @@ class TestImportance:
         assert kept[0] < kept[1]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_layers_are_combined(mixtral):
     """The sets of two layers against all combinations of each layer's best, by the output behind both."""

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from test_routers import spread
-from tiny import compressed, load, load_class, quick_config, relative_rms, save_dense, tiny_model, tokens
+from tiny import compressed, families, load, load_class, quick_config, relative_rms, save_dense, tiny_model, tokens
 
 from transformers_mcmoe import PruneConfig, unpack
 
@@ -18,7 +18,7 @@ def pruned(family, folder, **changes):
     return compressed(folder, quick_config(**({"bits": 3.2, "prune": prune, "expert_bits": (2, 4, 8)} | changes)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(FAMILIES, ["mixtral", "deepseek_v3", "gpt_oss", "dbrx", "lfm2_moe"]))
 def test_plain_transformers_runs_it(family, tmp_path):
     model = pruned(family, tmp_path / "dense")
     ids = tokens(2, 16)

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_scenes(tmp_path):
     scenes = Path(__file__).parent / "hub_scenes.py"
     command = [

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -215,6 +217,25 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3_next": _base(**_SHARED, **_DELTA_NET, head_dim=16),
     "solar_open": _base(**_DEEPSEEK, head_dim=16),
 }
+
+
+# one family of each kind: every commit is tested with these in minutes, and with all by `make test-slow`
+CORE = (
+    "mixtral",
+    "qwen2_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_oss",
+    "dbrx",
+    "llama4_text",
+    "longcat_flash",
+    "nemotron_h",
+)
+
+
+def families(names: Iterable[str], core: Sequence[str] = CORE) -> list[Any]:
+    """Families as parameters of a test: those that are not in the core are slow."""
+    return [pytest.param(name, marks=() if name in core else pytest.mark.slow) for name in names]
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
