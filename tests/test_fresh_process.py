@@ -61,6 +61,7 @@ def checkpoints(tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 def test_plain_transformers_raises(checkpoints):
     command = [sys.executable, "-c", PROGRAM, *map(str, checkpoints)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

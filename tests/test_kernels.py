@@ -252,6 +252,7 @@ SOURCES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_sanitizers(tmp_path: Path, sanitizer: str):
     """Drivers, layout and the plain kernels under a sanitizer."""
