@@ -199,7 +199,7 @@ def write_docs() -> None:
             f"{model} (dense perplexity {one['reference_perplexity']:.2f} on {test}), calibrated on {one['calibration']} (what is dropped on 4,096 tokens, factors on {max(row['calibration_tokens'] for row in own):,}); 2 CPU cores, float32, "
             "tokens per second of greedy generation after 64 tokens:",
             "",
-            "| removed | how | perplexity | KL | size | tokens/s | seconds |",
+            "| fewer bytes in experts, about | how | perplexity | KL | size | tokens/s | seconds |",
             "|---|---|---|---|---|---|---|",
         ]
         for row in sorted(own, key=lambda row: (row["ratio"], row["kl"])):
