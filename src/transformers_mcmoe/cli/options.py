@@ -148,7 +148,7 @@ def config_of(options: Mapping[str, Any], **more: Any) -> MCMoEConfig:
     """The config that the options of a command ask for.
 
     Raises:
-        ValueError, NotImplementedError: see `MCMoEConfig`.
+        ValueError: see `MCMoEConfig`.
         Refused: an option cannot be read.
     """
     apart = ("odp", "otp", "prune", "rank")
