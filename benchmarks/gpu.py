@@ -23,8 +23,9 @@ import torch
 import triton
 from torch.nn import functional
 
-from transformers_mcmoe.kernels import cpu
+from transformers_mcmoe.kernels import arena
 from transformers_mcmoe.kernels import triton as kernels
+from transformers_mcmoe.plan import ExpertWidths
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "gpu.jsonl"
@@ -68,7 +69,7 @@ def layer(sizes: tuple[int, int, int, int], tokens: int, device: str) -> dict[st
     index = torch.rand(tokens, experts, device=device).argsort(-1)[:, :slots]
     weights = torch.full((tokens, slots), 1 / slots, dtype=torch.bfloat16, device=device)
     widths = [2 + e % 2 for e in range(experts)]
-    table, _ = cpu.layout([(inner, hidden), (inner, hidden), (hidden, inner)], widths, widths, GROUP)
+    table, _ = arena.layout([(inner, hidden), (inner, hidden), (hidden, inner)], ExpertWidths.of(widths), GROUP)
     qweights = [
         [matrix(inner, hidden, b, device), matrix(inner, hidden, b, device), matrix(hidden, inner, b, device)]
         for b in widths

@@ -25,7 +25,7 @@ from machine import here
 from pages import replace_part
 from torch.nn import functional
 
-from transformers_mcmoe.kernels import cpu
+from transformers_mcmoe.kernels import arena, cpu
 from transformers_mcmoe.quantization.grid import group_size_for, num_groups
 
 RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
@@ -58,12 +58,12 @@ def packed(columns: int, rows: int, bits: int, mode: str) -> tuple[Callable[[], 
     """Our kernel on random codes."""
     group = group_size_for(columns, 128)
     groups = num_groups(columns, group)
-    blocks_of_rows, record = -(-rows // cpu.ROWS), cpu.block_bytes(bits, group, 1)
+    blocks_of_rows, record = -(-rows // arena.ROWS), arena.block_bytes(bits, group, 1)
     size = blocks_of_rows * groups * record
 
     def make() -> Callable[[torch.Tensor], object]:
-        blocks = cpu.arena(size).random_(0, 256)
-        blocks.view(-1, record)[:, -4 * cpu.ROWS :] = 0x2C  # scales and zeros must be numbers
+        blocks = arena.allocate(size).random_(0, 256)
+        blocks.view(-1, record)[:, -4 * arena.ROWS :] = 0x2C  # scales and zeros must be numbers
 
         def call(x: torch.Tensor) -> object:
             os.environ["MCMOE_MODE"] = mode
@@ -78,7 +78,7 @@ def read(size: int) -> tuple[Callable[[], Callable], int]:
     """A plain read of as many bytes."""
 
     def make() -> Callable[[torch.Tensor], object]:
-        memory = cpu.arena(size - size % 64).random_(0, 256).view(torch.int64)
+        memory = arena.allocate(size - size % 64).random_(0, 256).view(torch.int64)
         return lambda x: memory.sum()
 
     return make, size

@@ -13,7 +13,8 @@ import torch
 from tiny import quick_config, relative_rms, save_dense, tokens
 from torch import Tensor
 
-from transformers_mcmoe.kernels import cpu, gpu, ops, reference, triton
+from transformers_mcmoe.kernels import arena, cpu, gpu, ops, reference, triton
+from transformers_mcmoe.plan import ExpertWidths
 from transformers_mcmoe.quantization import WIDTHS, group_size_for, pack, quantize
 
 DEVICE = os.environ.get("MCMOE_TEST_DEVICE", "cpu")
@@ -77,7 +78,7 @@ def _experts(hidden: int, inner: int, gated: bool, group: int) -> tuple[list[lis
         else []
         for e, (bits, down) in enumerate(zip(GATE_UP, DOWN, strict=True))
     ]
-    layout, _ = cpu.layout([(inner, hidden)] * inputs + [(hidden, inner)], GATE_UP, DOWN, group)
+    layout, _ = arena.layout([(inner, hidden)] * inputs + [(hidden, inner)], ExpertWidths(GATE_UP, DOWN), group)
     return qweights, layout, triton.pack_experts(qweights, layout)
 
 

@@ -13,7 +13,8 @@ import torch
 from tiny import relative_rms
 from torch import Tensor
 
-from transformers_mcmoe.kernels import cpu, reference
+from transformers_mcmoe.kernels import arena, cpu, reference
+from transformers_mcmoe.plan import ExpertWidths
 from transformers_mcmoe.quantization import WIDTHS, dequantize, pack
 from transformers_mcmoe.quantization.grid import Quantized, group_size_for, num_groups
 
@@ -56,7 +57,7 @@ def threads():
 
 def _linear(x: Tensor, qweight: Tensor, bits: int, bias: Tensor | None = None) -> Tensor:
     group = (qweight.shape[2] - 4) * 8 // bits
-    return cpu.packed_linear(x, cpu.pack_matrix(qweight, bits), bias, qweight.shape[0], bits, group, x.shape[-1])
+    return cpu.packed_linear(x, arena.pack_matrix(qweight, bits), bias, qweight.shape[0], bits, group, x.shape[-1])
 
 
 @needs_library
@@ -136,7 +137,7 @@ class TestLinear:
 
     def test_every_output_is_written(self, isa: str):
         qweight = _matrix(70, 96, 3, 32)
-        blocks = cpu.pack_matrix(qweight, 3)
+        blocks = arena.pack_matrix(qweight, 3)
         x, y = _random(11, 96), torch.full((11, 70), float("nan"))
         cpu.library().mcmoe_linear(
             blocks.data_ptr(), 70, 96, 3, 32, 0, x.data_ptr(), 0, 11, None, y.data_ptr(), torch.get_num_threads()
@@ -165,7 +166,7 @@ def _experts(num: int, hidden: int, inner: int, gated: bool, dropped: int, group
         else []
         for e in range(num)
     ]
-    layout, size = cpu.layout(sizes, gate_up, down, group_size)
+    layout, size = arena.layout(sizes, ExpertWidths(tuple(gate_up), tuple(down)), group_size)
     return matrices, layout, size
 
 
@@ -175,7 +176,7 @@ class TestMoe:
     @pytest.mark.parametrize(("hidden", "inner", "group_size"), [(64, 96, 32), (192, 200, 128), (576, 416, 96)])
     def test_equals_the_reference(self, isa: str, threads, hidden: int, inner: int, group_size: int, gated: bool):
         matrices, layout, size = _experts(6, hidden, inner, gated, 2, group_size)
-        blocks, flat = cpu.pack_experts(matrices, layout, size), [m for own in matrices for m in own]
+        blocks, flat = arena.pack_experts(matrices, layout, size), [m for own in matrices for m in own]
         for tokens in (1, 5, 40, 300) if hidden == 192 else (2, 33):
             x = _random(tokens, hidden) / 40
             # ids beyond the last expert, a dropped expert, an expert twice
@@ -195,7 +196,7 @@ class TestMoe:
     def test_lower_precision(self, isa: str, mode: str, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("MCMOE_MODE", mode)
         matrices, layout, size = _experts(5, 256, 384, True, 4, 128)
-        blocks, flat = cpu.pack_experts(matrices, layout, size), [m for own in matrices for m in own]
+        blocks, flat = arena.pack_experts(matrices, layout, size), [m for own in matrices for m in own]
         for dtype, tokens in itertools.product(DTYPES, (1, 40)):
             x, weights = (_random(tokens, 256) / 40).to(dtype), torch.rand(tokens, 2)
             index = torch.stack((torch.arange(tokens) % 5, torch.full((tokens,), 3)), dim=1)
@@ -209,7 +210,7 @@ class TestMoe:
     @pytest.mark.parametrize("activation", cpu.ACTIVATIONS)
     def test_activations(self, isa: str, activation: str):
         matrices, layout, size = _experts(2, 64, 64, True, -1, 64)
-        blocks, flat = cpu.pack_experts(matrices, layout, size), [m for own in matrices for m in own]
+        blocks, flat = arena.pack_experts(matrices, layout, size), [m for own in matrices for m in own]
         x, index, weights = _random(4, 64), torch.tensor([[0, 1]] * 4), torch.rand(4, 2)
         y = cpu.moe_mlp(x, index, weights, blocks, layout, 64, activation, True)
         expected = reference.moe_mlp(
@@ -217,9 +218,44 @@ class TestMoe:
         )
         assert relative_rms(y, expected) <= 2e-6
 
+    @pytest.mark.parametrize("gated", [True, False])
+    @pytest.mark.parametrize(("hidden", "inner", "group_size"), [(64, 96, 32), (192, 200, 128), (576, 432, 96)])
+    def test_factors(self, isa: str, threads, hidden: int, inner: int, group_size: int, gated: bool):
+        """Experts with a matrix, with factors of several ranks and widths in its place or beside it, and a dropped one."""
+        widths = ExpertWidths((2, 0, 0, 3, 0, 1), (4, 0, 0, 2, 0, 8), (0, 32, 0, 40, 160, 8), 4)
+        sizes = [(inner, hidden)] * (2 if gated else 1) + [(hidden, inner)]
+        layout, size = arena.layout(sizes, widths, group_size)
+        nothing = torch.empty(0, dtype=torch.uint8)
+        matrices, factors = [], []
+        for e in range(6):
+            own = [(widths.of_role("down" if n == len(sizes) - 1 else "gate_up")[e], *s) for n, s in enumerate(sizes)]
+            if e not in widths.kept:
+                own = []
+            rank = widths.rank_of(e)
+            matrices.append(
+                [_matrix(*s, bits, group_size, 10 * e + n) if bits else nothing for n, (bits, *s) in enumerate(own)]
+            )
+            shapes = [shape for _, rows, columns in own for shape in ((rank, columns), (rows, rank))]
+            factors.append(
+                [_matrix(*s, 4, group_size, 70 + 10 * e + n) if rank else nothing for n, s in enumerate(shapes)]
+            )
+        blocks = arena.pack_experts(matrices, layout, size, factors)
+        flat, thin = [m for own in matrices for m in own], [m for own in factors for m in own]
+        for tokens in (1, 5, 40, 300) if hidden == 192 else (2, 33):
+            x = _random(tokens, hidden) / 40
+            index = torch.randint(0, 7, (tokens, 3), generator=torch.Generator().manual_seed(tokens))
+            weights, options = _random(tokens, 3, seed=1), (inner, "silu", gated)
+            layer = reference.Layer(flat, layout, thin[::2], thin[1::2], *options)
+            expected = reference.moe_mlp(x.double(), index, weights.double(), layer)
+            threads(1)
+            y = cpu.moe_mlp(x, index, weights, blocks, layout, *options)
+            assert relative_rms(y, expected) <= 4e-6
+            threads(2)
+            assert torch.equal(cpu.moe_mlp(x, index, weights, blocks, layout, *options), y)
+
     def test_nobody_is_routed(self, isa: str):
         matrices, layout, size = _experts(3, 64, 64, True, 1, 64)
-        blocks = cpu.pack_experts(matrices, layout, size)
+        blocks = arena.pack_experts(matrices, layout, size)
         x, weights = _random(5, 64), torch.rand(5, 2)
         for value in (1, 3, -1, 99):  # the dropped expert, and no expert's id
             y = cpu.moe_mlp(x, torch.full((5, 2), value), weights, blocks, layout, 64, "silu", True)

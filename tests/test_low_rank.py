@@ -19,7 +19,7 @@ from transformers_mcmoe import (
     unpack,
 )
 from transformers_mcmoe.integrations.card import build_card
-from transformers_mcmoe.kernels import ops
+from transformers_mcmoe.kernels import arena, ops
 from transformers_mcmoe.plan import ExpertWidths, Plan, average_bits
 from transformers_mcmoe.quantization import Grid, pack, quantize
 from transformers_mcmoe.structure import break_even, factorize, fit_left, ranks_for, root_of
@@ -158,17 +158,21 @@ class TestPackedLinear:
 
 
 def test_the_operator_adds_factors():
-    """`moe_mlp` with factors against packed matrices that stand for the same sums."""
+    """`moe_mlp` with factors against dense matrices that stand for the same sums."""
     generator = torch.Generator().manual_seed(0)
     matrices, a, b, dense = [], [], [], []
+    sizes = [(32, 64), (32, 64), (64, 32)]
     for _ in range(2):
-        for rows, columns in ((32, 64), (32, 64), (64, 32)):
+        for rows, columns in sizes:
             weight = quantize(torch.randn(rows, columns, generator=generator), 4, 32, Grid())
             matrices.append(pack(weight))
-            a.append(torch.randn(8, columns, generator=generator))
-            b.append(torch.randn(rows, 8, generator=generator))
-            dense.append(weight.dequantize() + b[-1] @ a[-1])
-    layout = torch.tensor([[[0, 4, 32], [0, 4, 32]]] * 2)
+            factors = [
+                quantize(torch.randn(n, m, generator=generator), 8, 32, Grid()) for n, m in ((8, columns), (rows, 8))
+            ]
+            a.append(pack(factors[0]))
+            b.append(pack(factors[1]))
+            dense.append(weight.dequantize() + factors[1].dequantize() @ factors[0].dequantize())
+    layout, _ = arena.layout(sizes, ExpertWidths((4, 4), (4, 4), (8, 8), 8), 32)
     x, index = torch.randn(7, 64, generator=generator), torch.tensor([[0, 1]] * 7)
     weights = torch.rand(7, 2, generator=generator)
     found = ops.moe_mlp(x, index, weights, matrices, layout, None, a, b, 32, "silu", True)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from transformers_mcmoe.kernels import cpu, ops, reference  # noqa: F401
+from transformers_mcmoe.kernels import arena, cpu, ops, reference  # noqa: F401
+from transformers_mcmoe.plan import ExpertWidths
 from transformers_mcmoe.quantization import WIDTHS, dequantize, pack, quantize
 
 OUT = 24
@@ -161,9 +162,9 @@ def _layer(gated: bool = True, low_rank: bool = False) -> tuple:
         for n, (rows, columns) in enumerate(sizes if bits else []):
             weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(10 * expert + n)) / 8
             qweights.append(pack(quantize(weight, bits, 32)))
-            a.append(_random(3, columns, seed=expert + n) / 8 if n != 1 else torch.empty(0))
-            b.append(_random(rows, 3, seed=expert + n + 5) / 8 if n != 1 else torch.empty(0))
-    table, _ = cpu.layout(sizes, widths, widths, 32)
+            a.append(pack(quantize(_random(3, columns, seed=expert + n) / 8, 8, 32)))
+            b.append(pack(quantize(_random(rows, 3, seed=expert + n + 5) / 8, 8, 32)))
+    table, _ = arena.layout(sizes, ExpertWidths(widths, widths, (3, 0, 3, 3) if low_rank else (), 8), 32)
     return qweights, table, None, *((a, b) if low_rank else ([], [])), inner, "silu", gated
 
 
@@ -181,8 +182,9 @@ def _dense_layer(x: Tensor, index: Tensor, weights: Tensor, layer: tuple) -> Ten
                 dequantize(qweights[start + n], int(table[expert, 0, 1]), columns[n], x.dtype) for n in range(step)
             ]
             for n in range(step):
-                if a and a[start + n].numel():
-                    dense[n] = dense[n] + b[start + n].to(x.dtype) @ a[start + n].to(x.dtype)
+                if a:
+                    factors = dequantize(b[start + n], 8, 3, x.dtype), dequantize(a[start + n], 8, columns[n], x.dtype)
+                    dense[n] = dense[n] + factors[0] @ factors[1]
             h = functional.silu(dense[0] @ x[t]) * (dense[1] @ x[t]) if gated else functional.silu(dense[0] @ x[t])
             out[t] += weights[t, k] * (dense[-1] @ h)
     return out

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ backend: loads the compiled library, repacks matrices for it, calls it. Knows tensors, not modules.
+"""The C++ backend: loads the compiled library and calls it. Knows tensors, not modules.
 
 Where the library is missing (installed without a compiler, or another platform) `library()` is None and the reference
 runs. MCMOE_ISA forces an instruction set ("amx", "avx512-bf16", "avx512-vnni", "avx512", "avx-vnni", "avx2", "neon", "scalar"), or
@@ -12,7 +12,6 @@ import ctypes
 import importlib
 import logging
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,17 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformers_mcmoe.quantization.grid import group_size_for, num_groups
-
 logger = logging.getLogger(__name__)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
-ROWS = UNIT = 32  # rows of a block, columns of a unit, as in csrc/kernels.h
 MODES = ("exact", "int8")
-_HUGE_PAGE = 2 << 20
-# records are fetched ahead of use; what lies behind the last one must belong to us
-_MARGIN = 16 << 10
 
 
 @cache
@@ -67,7 +60,8 @@ def library() -> ctypes.CDLL | None:
         pointer, *[integer] * 5, pointer, integer, integer, pointer, pointer, integer
     ]  # fmt: skip
     loaded.mcmoe_moe.argtypes = [
-        pointer, pointer, integer, pointer, integer, pointer, integer, integer, pointer, pointer, pointer, integer
+        pointer, pointer, integer, integer, pointer, integer, pointer, integer, integer, pointer, pointer, pointer,
+        integer,
     ]  # fmt: skip
     routing: list[Any] = [pointer, ctypes.c_int64, pointer]
     loaded.mcmoe_keep_prefixes.argtypes = [
@@ -126,49 +120,7 @@ def takes(x: Tensor) -> bool:
 
 def packs(qweight: Tensor, bits: int) -> bool:
     """Whether the library is there and takes a packed matrix [out, n, G * bits / 8 + 4]: groups are multiples of 32."""
-    return library() is not None and (qweight.shape[2] - 4) * 8 // bits % UNIT == 0
-
-
-def block_bytes(bits: int, group: int, groups: int) -> int:
-    """Bytes of one block of 32 rows."""
-    return (group * ROWS * bits // 8 + 4 * ROWS) * groups
-
-
-def arena(size: int) -> Tensor:
-    """[size] uint8 on huge pages where the system has them."""
-    alignment = _HUGE_PAGE if size >= _HUGE_PAGE else 64
-    memory = torch.empty(size + alignment + _MARGIN, dtype=torch.uint8)
-    start = -memory.data_ptr() % alignment
-    loaded = library()
-    if loaded is not None and size >= _HUGE_PAGE and sys.platform == "linux":
-        loaded.mcmoe_huge_pages(memory.data_ptr() + start, size // _HUGE_PAGE * _HUGE_PAGE)
-    return memory[start : start + size]
-
-
-def repack(qweight: Tensor, bits: int, blocks: Tensor, *, first: int = 0, pitch: int = ROWS) -> None:
-    """Write a packed matrix of the checkpoint into blocks of the kernels' layout (csrc/layout.h).
-
-    Args:
-        qweight: [out, n, G * bits / 8 + 4] uint8.
-        bits: code width.
-        blocks: [bytes] uint8, where the blocks go.
-        first: row of a block that takes row 0: 0, or 16 for the up projection of a pair.
-        pitch: rows of this matrix in a block: 32, or 16 in a pair.
-    """
-    loaded = library()
-    assert loaded is not None
-    qweight = qweight.contiguous()
-    rows, groups, record = qweight.shape
-    group = (record - 4) * 8 // bits
-    loaded.mcmoe_repack(qweight.data_ptr(), rows, bits, group, groups, first, pitch, blocks.data_ptr())
-
-
-def pack_matrix(qweight: Tensor, bits: int) -> Tensor:
-    """A packed matrix [out, n, G * bits / 8 + 4] in the kernels' layout, [bytes] uint8."""
-    rows, groups, record = qweight.shape
-    blocks = arena(-(-rows // ROWS) * block_bytes(bits, (record - 4) * 8 // bits, groups))
-    repack(qweight, bits, blocks)
-    return blocks
+    return library() is not None and (qweight.shape[2] - 4) * 8 // bits % 32 == 0
 
 
 def packed_linear(
@@ -193,7 +145,7 @@ def packed_linear(
 def moe_mlp(
     x: Tensor, index: Tensor, weights: Tensor, blocks: Tensor, layout: Tensor, inner: int, activation: str, gated: bool
 ) -> Tensor:
-    """Combined output [T, H] of a MoE layer; `layout` [E, 2, 3] int64: offset or -1, bits, group of gate_up and down."""
+    """Combined output [T, H] of a MoE layer; `layout` and `blocks` as `arena.layout` and `arena.pack_experts` return them."""
     loaded = library()
     assert loaded is not None
     x, index = x.contiguous(), index.to(torch.int64).contiguous()
@@ -204,7 +156,7 @@ def moe_mlp(
         return out
     shape = (ctypes.c_int * 5)(hidden, inner, index.shape[1], ACTIVATIONS.index(activation), gated)
     loaded.mcmoe_moe(
-        blocks.data_ptr(), layout.data_ptr(), layout.shape[0], shape, mode() == "int8", x.data_ptr(),
+        blocks.data_ptr(), layout.data_ptr(), *layout.shape[:2], shape, mode() == "int8", x.data_ptr(),
         DTYPES[x.dtype], tokens, index.data_ptr(), weights.data_ptr(), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -340,44 +292,3 @@ class Pruned:
         pointers = (ctypes.c_void_p * 6)(*(tensor.data_ptr() if tensor is not None else None for tensor in tensors))
         getattr(library(), name)(sizes, self.none, pointers, *rule, torch.get_num_threads())
         return kept, left.to(self.weights.dtype)
-
-
-def layout(
-    sizes: Sequence[tuple[int, int]], gate_up: Sequence[int], down: Sequence[int], group_size: int
-) -> tuple[Tensor, int]:
-    """Where a layer's experts lie in their arena.
-
-    Args:
-        sizes: rows and columns of an expert's matrices: gate and up, or up alone, then down.
-        gate_up: code width of each expert's inputs; 0 for one that was dropped.
-        down: code width of each expert's output projection; 0 likewise.
-        group_size: the configured one.
-
-    Returns:
-        [E, 2, 3] int64 on CPU, for gate_up and down of each expert: offset or -1, code width, group size; and the
-        arena's bytes.
-    """
-    pitch = ROWS // (len(sizes) - 1)
-    table, size = [], 0
-    for widths in zip(gate_up, down, strict=True):
-        parts = []
-        for bits, (rows, columns), step in zip(widths, (sizes[0], sizes[-1]), (pitch, ROWS), strict=True):
-            group = group_size_for(columns, group_size)
-            parts.append([size if all(widths) else -1, bits, group])
-            if all(widths):
-                size += -(-rows // step) * block_bytes(bits, group, num_groups(columns, group))
-        table.append(parts)
-    return torch.tensor(table, dtype=torch.int64, device="cpu"), size
-
-
-def pack_experts(qweights: Sequence[Sequence[Tensor]], layout: Tensor, size: int) -> Tensor:
-    """Arena [size] uint8 with a layer's experts: per expert its gate (if gated), up and down; empty if it is left out."""
-    blocks = arena(size)
-    for matrices, ((start, bits, _), (down_start, down_bits, _)) in zip(qweights, layout.tolist(), strict=True):
-        if not matrices:
-            continue
-        *inputs, down = matrices
-        for n, matrix in enumerate(inputs):
-            repack(matrix, bits, blocks[start:], first=n * ROWS // 2, pitch=ROWS // len(inputs))
-        repack(down, down_bits, blocks[down_start:])
-    return blocks

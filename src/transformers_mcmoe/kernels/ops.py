@@ -21,14 +21,15 @@ moe_mlp(x, index, weights, qweights, layout, blocks, low_rank_a, low_rank_b, inn
     x: [T, H] float.
     index: [T, K] integer; slots whose value is no expert's id, or a dropped expert's, add nothing and cost nothing.
     weights: [T, K] float.
-    qweights: gate (if gated), up and down of every expert that was not dropped, expert by expert. May be empty where
-        `blocks` is given and no gradient is wanted.
-    layout: [E, 2, 3] int64 on CPU, for gate_up and down of each expert: offset in `blocks` (-1: dropped), code width
-        (0: no base matrix), group size.
-    blocks: [bytes] uint8, all experts in the layout of the device's kernels (`pack_experts` of `cpu` or `triton`), or
-        None.
-    low_rank_a, low_rank_b: one [r, in] and [out, r] for each of `qweights`, empty tensors where a matrix has none; or
-        empty lists.
+    qweights: packed gate (if gated), up and down of every expert that was not dropped, expert by expert; empty tensors
+        where factors stand for a matrix. May be empty where `blocks` is given and no gradient is wanted.
+    layout: [E, P, 4] int64 on CPU (`arena.layout`), for gate_up and down of each expert, and where some have factors for
+        the factors a and b of gate (if gated), up and down: offset in `blocks` (-1: not there), code width, group size,
+        input columns.
+    blocks: [bytes] uint8, all experts in the layout of the device's kernels (`pack_experts` of `arena` or `triton`), or
+        None; in Triton's without factors.
+    low_rank_a, low_rank_b: packed factors [r, in] and [out, r] of each of `qweights`, whose product is added to the
+        matrix, empty tensors where one has none; or empty lists.
     inner: I, the experts' inner size.
     activation: "silu", "gelu", "gelu_tanh", "relu" or "relu2".
     gated: whether experts have a gate.
@@ -45,7 +46,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformers_mcmoe.kernels import cpu, gpu, reference
+from transformers_mcmoe.kernels import arena, cpu, gpu, reference
 
 _SCHEMAS = (
     "packed_linear(Tensor x, Tensor qweight, Tensor? bias, int bits, int in_features, Tensor? blocks=None) -> Tensor",
@@ -71,7 +72,7 @@ def _packed_linear(
     if not cpu.takes(x) or not cpu.packs(qweight, bits):
         return reference.packed_linear(x, qweight, bias, bits, in_features)
     if blocks is None:
-        blocks = cpu.pack_matrix(qweight, bits)
+        blocks = arena.pack_matrix(qweight, bits)
     group = (qweight.shape[2] - 4) * 8 // bits
     return cpu.packed_linear(x, blocks, bias, qweight.shape[0], bits, group, in_features)
 
@@ -111,7 +112,7 @@ def _moe_mlp(
     activation: str,
     gated: bool,
 ) -> Tensor:
-    if blocks is not None and not low_rank_a:
+    if blocks is not None:
         device = gpu.backend(x.device) or cpu
         if device.takes(x):
             return device.moe_mlp(x, index, weights, blocks, layout, inner, activation, gated)

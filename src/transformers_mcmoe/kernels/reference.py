@@ -103,30 +103,37 @@ def _routed(
     layer: Layer,
 ) -> Iterator[tuple[Tensor, Tensor, Projections]]:
     """Tokens, slots and matrices of every expert that some token is routed to, lowest id first."""
-    hidden, kinds = x.shape[-1], (0, 0, 1) if layer.gated else (0, 1)
-    columns = (hidden, hidden, layer.inner) if layer.gated else (hidden, layer.inner)
+    kinds = (0, 0, 1) if layer.gated else (0, 1)
     rows, starts, at = layer.layout.tolist(), {}, 0
     for expert, parts in enumerate(rows):
-        if parts[0][0] >= 0:
+        if any(start >= 0 for start, *_ in parts):
             starts[expert] = at
             at += len(kinds)
     for expert in index.unique().tolist():
         if expert not in starts:
             continue
         start = starts[expert]
-        applied = [_matrix(layer, start + n, rows[expert][kind][1], columns[n]) for n, kind in enumerate(kinds)]
+        parts = rows[expert]
+        applied = [
+            _matrix(layer, start + n, [parts[kind], *parts[2 + 2 * n : 4 + 2 * n]]) for n, kind in enumerate(kinds)
+        ]
         token, slot = torch.where(index == expert)
         yield token, slot, (applied[0] if layer.gated else None, applied[-2], applied[-1])
 
 
-def _matrix(layer: Layer, n: int, bits: int, in_features: int) -> Apply:
+def _matrix(layer: Layer, n: int, rows: list[list[int]]) -> Apply:
+    """The n-th matrix of all; `rows` of the layout for itself and, if there are any, for its factors."""
+    (_, bits, _, columns), *factors = rows
+
     def apply(x: Tensor) -> Tensor:
         parts = []
         if bits:
-            parts.append(functional.linear(x, dequantize(layer.qweights[n], bits, in_features, x.dtype)))
-        if layer.low_rank_a and layer.low_rank_a[n].numel():
-            a, b = layer.low_rank_a[n].to(x.dtype), layer.low_rank_b[n].to(x.dtype)
-            parts.append(functional.linear(functional.linear(x, a), b))
+            parts.append(functional.linear(x, dequantize(layer.qweights[n], bits, columns, x.dtype)))
+        if factors and factors[0][1]:
+            thin = x
+            for packed, (_, width, _, inputs) in zip((layer.low_rank_a[n], layer.low_rank_b[n]), factors, strict=True):
+                thin = functional.linear(thin, dequantize(packed, width, inputs, x.dtype))
+            parts.append(thin)
         return sum(parts[1:], parts[0])
 
     return apply

@@ -10,7 +10,8 @@ import torch
 
 from transformers_mcmoe.models.stream import Checkpoint
 from transformers_mcmoe.models.structure import Structure
-from transformers_mcmoe.nn.packed import PackedExperts, PackedLinear
+from transformers_mcmoe.nn.experts import PackedExperts
+from transformers_mcmoe.nn.linear import PackedLinear
 
 
 def check_tensors(model: Any, structure: Structure, files: list[str]) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers_mcmoe.models.experts import Projection
 
 if TYPE_CHECKING:
-    from transformers_mcmoe.nn.packed import PackedExperts, PackedLinear
+    from transformers_mcmoe.nn.experts import PackedExperts
+    from transformers_mcmoe.nn.linear import PackedLinear
 
 
 class ExpertsRole(nn.Module):

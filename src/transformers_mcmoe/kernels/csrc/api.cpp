@@ -2,6 +2,7 @@
 // The C interface that kernels/cpu.py loads, and the choice of the instruction set.
 #include <string.h>
 
+#include <utility>
 #include <vector>
 
 #include "drive.h"
@@ -85,12 +86,13 @@ const Candidate CANDIDATES[] = {
     {"scalar", [] { return true; }, scalar_kernels},
 };
 
-Matrix matrix(const uint8_t* arena, const int64_t* row, int columns) {
+// row: offset in the arena (-1: no matrix), code width, group size, columns.
+Matrix matrix(const uint8_t* arena, const int64_t* row) {
   Matrix m;
   if (row[0] >= 0) m.blocks = arena + row[0];
   m.bits = static_cast<int>(row[1]);
   m.group = static_cast<int>(row[2]);
-  m.columns = columns;
+  m.columns = static_cast<int>(row[3]);
   return m;
 }
 
@@ -149,20 +151,29 @@ MCMOE_API void mcmoe_repack(const uint8_t* packed, int rows, int bits, int group
 // y [tokens, rows] = x [tokens, columns] W^T + bias; dtype of x and y: 0 fp32, 1 bf16, 2 fp16; bias fp32 or null.
 MCMOE_API void mcmoe_linear(const uint8_t* blocks, int rows, int columns, int bits, int group, int int8, const void* x,
                             int dtype, int tokens, const float* bias, void* y, int threads) {
-  const int64_t row[] = {0, bits, group};
-  linear(matrix(blocks, row, columns), rows, int8 != 0, x, dtype, tokens, bias, y, threads);
+  const int64_t row[] = {0, bits, group, columns};
+  linear(matrix(blocks, row), rows, int8 != 0, x, dtype, tokens, bias, y, threads);
 }
 
-// One MoE layer. layout [experts, 2, 3] int64: for gate_up and down the offset in the arena (-1: dropped), the code
-// width, the group size. index int64 and weights fp32 [tokens, top_k]. shape: hidden, inner, top_k, activation, gated.
-MCMOE_API void mcmoe_moe(const uint8_t* arena, const int64_t* layout, int experts, const int* shape, int int8,
+// One MoE layer. layout [experts, parts, 4] int64: a row as `matrix` reads it for gate_up and down, and, where there are
+// more parts, for the factors a and b of gate (if gated), up and down. index int64 and weights fp32 [tokens, top_k].
+// shape: hidden, inner, top_k, activation, gated.
+MCMOE_API void mcmoe_moe(const uint8_t* arena, const int64_t* layout, int experts, int parts, const int* shape, int int8,
                          const void* x, int dtype, int tokens, const int64_t* index, const float* weights, void* out,
                          int threads) {
   const MoeShape moe_shape{shape[0], shape[1], shape[2], shape[3], shape[4] != 0};
   std::vector<Expert> list(experts);
   for (int e = 0; e < experts; e++) {
-    list[e].gate_up = matrix(arena, layout + 6 * e, moe_shape.hidden);
-    list[e].down = matrix(arena, layout + 6 * e + 3, moe_shape.inner);
+    const int64_t* row = layout + static_cast<size_t>(4) * parts * e;
+    auto next = [&] { return matrix(arena, std::exchange(row, row + 4)); };
+    list[e].gate_up = next();
+    list[e].down = next();
+    if (parts == 2) continue;
+    for (Factors* factors : {&list[e].low_gate, &list[e].low_up, &list[e].low_down})
+      if (factors != &list[e].low_gate || moe_shape.gated) {
+        factors->a = next();
+        factors->b = next();
+      }
   }
   moe(list.data(), experts, moe_shape, int8 != 0, x, dtype, tokens, index, weights, out, threads);
 }

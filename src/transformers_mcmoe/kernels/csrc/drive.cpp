@@ -57,12 +57,15 @@ void write_row(const float* x, int n, int dtype, void* to, size_t offset) {
     for (int i = 0; i < n; i++) out[i] = float_to_half(x[i]);
 }
 
-Tile Tile::choose(bool int8, int dtype, int rest, const Matrix& first, const Matrix& second) {
+Tile Tile::choose(bool int8, int dtype, int rest, std::initializer_list<const Matrix*> matrices) {
   Tile tile;
   auto has = [&](int mode, int index) {
-    const auto& dot = kernels().dot[mode];
-    if (!dot[width_index(first.bits)][index] || !dot[width_index(second.bits)][index]) return false;
-    return TILES[index] < FIRST_MATRIX_TILE || (first.units() <= MOST_UNITS && second.units() <= MOST_UNITS);
+    for (const Matrix* m : matrices) {
+      if (!m->bits) continue;
+      if (!kernels().dot[mode][width_index(m->bits)][index]) return false;
+      if (TILES[index] >= FIRST_MATRIX_TILE && m->units() > MOST_UNITS) return false;
+    }
+    return true;
   };
   // exact: bf16 activations as they are where the table has such products (it does where they are the fastest), others in
   // integers, else as fp32

@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <initializer_list>
+
 #include "kernels.h"
 #include "layout.h"
 
@@ -68,8 +70,9 @@ struct Tile {
   int32_t* x = nullptr;
   float *xs = nullptr, *xz = nullptr;
 
-  // The largest tile for `rest` tokens that the chosen instruction set has for all the matrices, without its memory.
-  static Tile choose(bool int8, int dtype, int rest, const Matrix& first, const Matrix& second);
+  // The largest tile for `rest` tokens that the chosen instruction set has for all the matrices that there are, without
+  // its memory.
+  static Tile choose(bool int8, int dtype, int rest, std::initializer_list<const Matrix*> matrices);
   // The same tokens, prepared for a matrix; `words` 4-byte words from `memory` on are its own.
   Tile(const Tile& shape, const Matrix& m, float* memory = nullptr);
   Tile() = default;

@@ -20,7 +20,7 @@ void linear(const Matrix& m, int rows, bool int8, const void* x, int dtype, int 
   tiles.clear();
   size_t words = 0;
   for (int t = 0; t < tokens; t += tiles.back().count) {
-    tiles.emplace_back(Tile::choose(int8, dtype, tokens - t, m, m), m);
+    tiles.emplace_back(Tile::choose(int8, dtype, tokens - t, {&m}), m);
     words += tiles.back().words();
   }
   float* at = memory.get<float>(words);

@@ -6,8 +6,20 @@ namespace mcmoe {
 
 enum Activation { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3, RELU2 = 4 };
 
+// A thin product b a that is added to a matrix, or stands for it.
+struct Factors {
+  Matrix a, b;  // [r, in] and [out, r]; without blocks: there is none
+};
+
 struct Expert {
-  Matrix gate_up, down;  // without blocks: the expert was dropped
+  Matrix gate_up, down;          // without blocks: factors stand for them, or the expert was dropped
+  Factors low_gate, low_up, low_down;  // gate and up apart, as each has its own input of r columns
+
+  bool factored() const { return low_up.b.blocks != nullptr; }
+  bool runs() const { return gate_up.blocks || factored(); }
+  // what the hidden state and the inner activations are prepared for; factors have the same groups
+  const Matrix& reads_hidden() const { return gate_up.blocks ? gate_up : low_up.a; }
+  const Matrix& reads_inner() const { return down.blocks ? down : low_down.a; }
 };
 
 struct MoeShape {

@@ -86,10 +86,32 @@ void linears() {
       }
 }
 
-void layer(bool gated) {
-  const int experts = 4, hidden = 96, inner = 80, tokens = 37, top_k = 2;
-  std::vector<Packed> gate, up, down;
+// With `factors`, expert 0 has some beside its matrices, expert 1 in their place.
+void layer(bool gated, bool factors) {
+  const int experts = 4, hidden = 96, inner = 80, tokens = 37, top_k = 2, rank = 40;
+  std::vector<Packed> gate, up, down, thin;
   std::vector<std::vector<uint8_t>> memory;
+  thin.reserve(12);
+  // packs a factor, exactly as large as it is
+  auto factor = [&](int rows, int columns, Matrix& m) {
+    thin.emplace_back(rows, columns, 4, 32);
+    m.bits = 4, m.group = 32, m.columns = columns;
+    memory.emplace_back((rows + ROWS - 1) / ROWS * m.block());
+    repack(thin.back().bytes.data(), rows, 4, 32, m.groups(), 0, ROWS, memory.back().data());
+    m.blocks = memory.back().data();
+  };
+  // adds b a to a dense matrix, or replaces it
+  auto add = [&](Packed& dense, bool replaces) {
+    const Packed &a = thin[thin.size() - 2], &b = thin.back();
+    for (int r = 0; r < dense.rows; r++)
+      for (int c = 0; c < dense.columns; c++) {
+        float& value = dense.dense[static_cast<size_t>(r) * dense.columns + c];
+        double sum = replaces ? 0 : value;
+        for (int k = 0; k < rank; k++)
+          sum += static_cast<double>(b.dense[static_cast<size_t>(r) * rank + k]) * a.dense[static_cast<size_t>(k) * dense.columns + c];
+        value = static_cast<float>(sum);
+      }
+  };
   std::vector<Expert> list(experts);
   for (int e = 0; e < experts; e++) {
     const int bits = WIDTHS[e];
@@ -107,6 +129,20 @@ void layer(bool gated) {
     memory.emplace_back((hidden + ROWS - 1) / ROWS * b.block());
     repack(down[e].bytes.data(), hidden, b.bits, 32, b.groups(), 0, ROWS, memory.back().data());
     b.blocks = memory.back().data();
+    if (!factors || e > 1) continue;
+    const bool replaces = e == 1;
+    auto both = [&](Factors& own, Packed& dense) {
+      factor(rank, dense.columns, own.a);
+      factor(dense.rows, rank, own.b);
+      add(dense, replaces);
+    };
+    if (gated) both(list[e].low_gate, gate[e]);
+    both(list[e].low_up, up[e]);
+    both(list[e].low_down, down[e]);
+    if (replaces) {
+      a.blocks = b.blocks = nullptr;
+      a.bits = b.bits = 0;
+    }
   }
   std::vector<float> x(tokens * hidden), weights(tokens * top_k), out(tokens * hidden, NAN);
   std::vector<int64_t> index(tokens * top_k);
@@ -134,7 +170,7 @@ void layer(bool gated) {
   const MoeShape shape{hidden, inner, top_k, SILU, gated};
   for (bool int8 : {false, true}) {
     moe(list.data(), experts, shape, int8, x.data(), F32, tokens, index.data(), weights.data(), out.data(), 2);
-    check("moe", out, expected, int8 ? 1e-1 : 1e-5);
+    check(factors ? "moe with factors" : "moe", out, expected, int8 ? 1e-1 : 1e-5);
   }
 }
 
@@ -144,7 +180,7 @@ void layer(bool gated) {
 int main(int count, char** words) {
   if (!mcmoe_select(count > 1 ? words[1] : nullptr)) return 2;
   linears();
-  layer(true);
-  layer(false);
+  for (bool factors : {false, true})
+    for (bool gated : {true, false}) layer(gated, factors);
   return failures ? 1 : 0;
 }

@@ -54,7 +54,7 @@ def packed_linear(x: Tensor, qweight: Tensor, bias: Tensor | None, bits: int, in
 def moe_mlp(
     x: Tensor, index: Tensor, weights: Tensor, blocks: Tensor, layout: Tensor, inner: int, activation: str, gated: bool
 ) -> Tensor:
-    """Combined output [T, H] of a MoE layer; `blocks` is of `pack_experts`, `layout` [E, 2, 3] says widths and groups."""
+    """Combined output [T, H] of a MoE layer; `blocks` is of `pack_experts`, `layout` [E, 2, 4] says widths and groups."""
     tokens, slots = index.shape
     x, index = x.contiguous(), index.to(torch.int32).contiguous().flatten()
     order = _sorted(index, len(layout)) if tokens > FEW else (index, None)
@@ -79,7 +79,7 @@ def pack_experts(qweights: Sequence[Sequence[Tensor]], layout: Tensor) -> Tensor
 
     Args:
         qweights: per expert its gate (if gated), up and down, [out, n, G * bits / 8 + 4] uint8; none if it was dropped.
-        layout: [E, 2, 3] int64 on CPU, of which the widths are read.
+        layout: [E, 2, 4] int64 on CPU, of which the widths are read.
     """
     size = -(-len(qweights) * ENTRY * 4 // ALIGNMENT) * ALIGNMENT
     table = torch.full((len(qweights), ENTRY), -1, dtype=torch.int32)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PackedLinear and PackedExperts: modules whose weights are packed records, called like the dense ones they replace.
+"""PackedExperts: a layer's experts over packed matrices, called like the module that it replaces.
 
-They know widths and shapes from construction and hold exactly the tensors of the checkpoint format; how codes were
-chosen and how files are read is not their business.
+It knows widths and shapes from construction and holds exactly the tensors of the checkpoint format; how codes were
+chosen and how files are read is not its business.
 """
 
 from __future__ import annotations
@@ -13,112 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
-from transformers_mcmoe.kernels import cpu, gpu, ops
+from transformers_mcmoe.kernels import arena, cpu, gpu, ops
 from transformers_mcmoe.models.experts import FusedExperts
+from transformers_mcmoe.nn.linear import PackedLinear, is_offloaded, stamp_of
 from transformers_mcmoe.nn.roles import ExpertsRole
-from transformers_mcmoe.plan import ExpertWidths
-from transformers_mcmoe.quantization.packing import dequantize, packed_shape
-
-
-class PackedLinear(nn.Module):
-    """A linear layer over one packed matrix.
-
-    Attributes:
-        weight: [out, n, G * bits / 8 + 4] uint8 parameter (not a buffer: accelerate keeps buffers of offloaded
-            layers in memory), absent at 0 bits.
-        bias: [out] float parameter, or None.
-
-    Args:
-        in_features: columns of the dense matrix.
-        out_features: its rows.
-        bits: 1, 2, 3, 4, 8, or 0 for none: the output is then that of the factors, or zero.
-        group_size: the configured group size.
-        bias: dtype of the bias, or None for none.
-        device: device of the empty tensors.
-        rank: of two factors `low_rank_b @ low_rank_a`, which are added to the matrix; 0 for none.
-        rank_bits: their width.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bits: int,
-        group_size: int,
-        bias: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        rank: int = 0,
-        rank_bits: int = 0,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
-        self.rank = rank
-        self.weight: nn.Parameter | None
-        if bits:
-            shape = packed_shape(out_features, in_features, bits, group_size)
-            self.weight = nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), requires_grad=False)
-        else:
-            self.register_parameter("weight", None)
-        if rank:
-            self.low_rank_a = PackedLinear(in_features, rank, rank_bits, group_size, device=device)
-            self.low_rank_b = PackedLinear(rank, out_features, rank_bits, group_size, device=device)
-        if bias is not None and (bits or rank):
-            self.bias = nn.Parameter(torch.empty(out_features, dtype=bias, device=device))
-        else:
-            self.register_parameter("bias", None)
-        self._is_hf_initialized = True  # transformers must not initialise packed bytes
-        self.merge_error: float | None = None  # of an adapter that was rounded into the matrix (integrations.lora)
-        self._blocks: Tensor | None = None
-        self._stamp: tuple[int, ...] | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[.., in_features] -> [.., out_features], in the dtype of `x`."""
-        bias = self.bias.to(x.dtype) if self.bias is not None else None
-        if self.weight is None:
-            if not self.rank:
-                return x.new_zeros(*x.shape[:-1], self.out_features)
-            y = self.low_rank_b(self.low_rank_a(x))
-            return y if bias is None else y + bias
-        self._repack()
-        y = ops.packed_linear(x, self.weight, bias, self.bits, self.in_features, self._blocks)
-        return y + self.low_rank_b(self.low_rank_a(x)) if self.rank else y
-
-    @torch.compiler.assume_constant_result  # runs while torch.compile traces, too
-    def _repack(self) -> None:
-        """Make `_blocks`, the matrix in the layout of this machine's kernels, at first use and when it has changed."""
-        stamp = None if _is_offloaded(self) or gpu.backend(self.weight.device) else _stamp(self)  # type: ignore[union-attr]
-        if stamp != self._stamp:
-            self._stamp = stamp
-            self._blocks = None if stamp is None else cpu.pack_matrix(self.weight, self.bits)  # type: ignore[arg-type]
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The dense matrix [out, in]; zeros at 0 bits."""
-        if not self.rank:
-            if self.weight is None:
-                return torch.zeros(self.out_features, self.in_features, dtype=dtype)
-            return dequantize(self.weight, self.bits, self.in_features, dtype)
-        dense = self.low_rank_b.dequantize(torch.float32) @ self.low_rank_a.dequantize(torch.float32)
-        if self.weight is not None:
-            dense += dequantize(self.weight, self.bits, self.in_features)
-        return dense.to(dtype)
-
-    @torch.no_grad()
-    def write(self, packed: Tensor) -> None:
-        """Exchange the packed bytes [out, n, G * bits / 8 + 4] for others of the same grid and width."""
-        self.weight.copy_(packed)  # type: ignore[union-attr]
-        self.forget_blocks()
-
-    def forget_blocks(self) -> None:
-        """Free the kernels' copy; the next call makes it anew."""
-        self._blocks = self._stamp = None
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
-            f"bias={self.bias is not None}" + (f", rank={self.rank}" if self.rank else "")
-        )
+from transformers_mcmoe.plan import FACTORS, ExpertWidths
 
 
 class PackedExperts(nn.Module):
@@ -166,10 +66,9 @@ class PackedExperts(nn.Module):
         self._experts = experts
         self.gate_up, self.down = ExpertsRole(self, "gate_up"), ExpertsRole(self, "down")
         self._is_hf_initialized = True
-        # experts with factors run one by one
-        self._activation = None if any(widths.ranks) else experts.plain_activation()
+        self._activation = experts.plain_activation()
         sizes = [(p.out_features, p.in_features) for p in experts.projections]
-        self._layout, self._arena_bytes = cpu.layout(sizes, widths.gate_up, widths.down, group_size)
+        self._layout, self._arena_bytes = arena.layout(sizes, widths, group_size)
         self._blocks: Tensor | None = None
         self._stamp: tuple[int, ...] | None = None
 
@@ -248,24 +147,43 @@ class PackedExperts(nn.Module):
         graded = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
         # gathering hundreds of tensors can take longer than the layer
         needed = graded or self._blocks is None or x.dtype not in cpu.DTYPES  # those of every backend
-        qweights = [matrix for matrices in self._matrices() for matrix in matrices] if needed else []
+        qweights, low_rank_a, low_rank_b = self._arguments() if needed else ([], [], [])
         inner = self._experts.projections[-1].in_features
         output = ops.moe_mlp(
-            x, index, weights, qweights, self._layout, self._blocks, [], [], inner, self._activation,
+            x, index, weights, qweights, self._layout, self._blocks, low_rank_a, low_rank_b, inner, self._activation,
             self._experts.has_gate,
         )  # fmt: skip
         return self._experts.finish(output, hidden_states)
 
     def _linears(self) -> list[PackedLinear]:
-        return [self.linear(e, p.name) for e in self.widths.kept for p in self._experts.projections]
+        return [linear for expert in self.widths.kept for linear in self._of(expert)]
+
+    def _arguments(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Matrices and factors as the operator takes them."""
+        factors = [factor for own in self._factors() for factor in own]
+        return [matrix for own in self._matrices() for matrix in own], factors[::2], factors[1::2]
 
     def _matrices(self) -> list[list[Tensor]]:
-        """The packed matrices of each expert, none for one that was dropped."""
-        names = [projection.name for projection in self._experts.projections]
+        """The packed matrices of each expert, none for one that was dropped, empty ones where factors stand for them."""
+        return [[_bytes(linear) for linear in self._of(expert)] for expert in range(self.num_experts)]
+
+    def _factors(self) -> list[list[Tensor]]:
+        """Factors a and b of each of these, empty ones where it has none; nothing if none has any."""
+        if not any(self.widths.ranks):
+            return []
         return [
-            [self.linear(expert, name).weight for name in names] if bits else []  # type: ignore[misc]
-            for expert, bits in enumerate(self.widths.gate_up)
+            [
+                _bytes(linear.get_submodule(name)) if linear.rank else _bytes(None)
+                for linear in self._of(expert)
+                for name in FACTORS
+            ]
+            for expert in range(self.num_experts)
         ]
+
+    def _of(self, expert: int) -> list[PackedLinear]:
+        """The projections of an expert, none if it was dropped."""
+        names = [p.name for p in self._experts.projections if str(expert) in self._modules]
+        return [self.linear(expert, name) for name in names]
 
     @torch.compiler.assume_constant_result  # runs while torch.compile traces, too
     def _repack(self) -> bool:
@@ -276,17 +194,23 @@ class PackedExperts(nn.Module):
         # one module stands for all: experts are moved, offloaded and adapted together
         ends = [self.linear(kept[0], self._experts.projections[0].name)]
         ends.append(self.linear(kept[-1], self._experts.projections[-1].name))
-        if any(type(linear) is not PackedLinear or _is_offloaded(linear) for linear in ends):
+        packed = [part for linear in ends if type(linear) is PackedLinear for part in linear.parts()]
+        factors_on_gpu = any(self.widths.ranks) and gpu.backend(next(self.parameters()).device)
+        if (
+            factors_on_gpu
+            or any(type(linear) is not PackedLinear for linear in ends)
+            or any(map(is_offloaded, packed))
+        ):
             self._blocks = self._stamp = None
             return False
-        stamp = _stamp(*ends)
+        stamp = stamp_of(*packed)
         if stamp != self._stamp:
             self._stamp = self._blocks = None
             if stamp is not None:
                 self._blocks = self._pack()
                 for linear in self._linears():  # those of an adapter that was active
                     linear.forget_blocks()
-            self._stamp = _stamp(*ends)
+            self._stamp = stamp_of(*packed)
         return True
 
     def _pack(self) -> Tensor:
@@ -294,7 +218,7 @@ class PackedExperts(nn.Module):
         matrices = self._matrices()
         device = gpu.backend(next(self.parameters()).device)
         if device is None:
-            return cpu.pack_experts(matrices, self._layout, self._arena_bytes)
+            return arena.pack_experts(matrices, self._layout, self._arena_bytes, self._factors())
         with torch.inference_mode(False), torch.no_grad():  # parameters outlive the caller's inference mode
             blocks = device.pack_experts(matrices, self._layout)
             for own, views in zip(matrices, device.views(matrices, blocks), strict=True):
@@ -355,24 +279,10 @@ class PackedExperts(nn.Module):
         return f"num_experts={self.num_experts}, gate_up={_digits(self.widths.gate_up)}"
 
 
-def _stamp(*linears: PackedLinear) -> tuple[int, ...] | None:
-    """What changes when the bytes of matrices do; None where no kernels serve them."""
-    stamp: list[int] = []
-    for linear in linears:
-        weight = linear.weight
-        if weight is None or weight.is_meta or isinstance(weight, FakeTensor):
-            return None
-        device = gpu.backend(weight.device) or (cpu if weight.device.type == "cpu" else None)
-        if device is None or not device.packs(weight, linear.bits):
-            return None
-        # tensors made in inference mode count no writes
-        stamp += (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-    return tuple(stamp)
-
-
-def _is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate brings the module's weights only for its own call."""
-    return getattr(getattr(module, "_hf_hook", None), "offload", False)
+def _bytes(linear: nn.Module | None) -> Tensor:
+    """The packed bytes of a matrix, none where there is none."""
+    weight = None if linear is None else linear.weight
+    return torch.empty(0, dtype=torch.uint8) if weight is None else weight  # type: ignore[return-value]
 
 
 def _digits(widths: Sequence[int]) -> str:
