@@ -18,6 +18,7 @@ from transformers_mcmoe import (
     set_expert_pruning,
     train_expert_pruning,
 )
+from transformers_mcmoe.calibration.sequences import Batch, Sequences
 from transformers_mcmoe.kernels import cpu
 from transformers_mcmoe.models.training import frozen
 from transformers_mcmoe.progress import Meter
@@ -167,7 +168,7 @@ class TestFit:
         generator, batch = torch.Generator().manual_seed(0), TEXT[:8]
         meter = CostMeter(model, found, OTPConfig(renormalize=False), generator, Meter(lambda step: None))
         with frozen(model):
-            trace = meter.measure([batch] * 40, "measure")[path]
+            trace = meter.measure([Batch(batch, {})] * 40, "measure")[path]
         predicted = float(torch.stack(trace.costs).sum() / 40)
         with torch.no_grad():
             full = model(batch).logits.log_softmax(-1)
@@ -345,7 +346,7 @@ class TestTraining:
         model = load(dense)
         otp = OTPConfig(target=0.3, steps=16, batch_tokens=256, learning_rate=2e-2)
         with caplog.at_level(logging.INFO, logger="transformers_mcmoe.routing.otp.training"):
-            RouterTraining(model, prunable_experts(model), otp, Meter(lambda step: None)).run(TEXT)
+            RouterTraining(model, prunable_experts(model), otp, Meter(lambda step: None)).run(Sequences(TEXT))
         # of the routers as they were fitted, then after some steps each
         losses = [record.args[0 if len(record.args) == 1 else 1] for record in caplog.records]
         assert len(losses) > 2

@@ -297,11 +297,12 @@ class TestHeldOut:
 
     @pytest.mark.parametrize(("total", "held"), [(16, [3, 7, 11, 15]), (8, [3, 7]), (3, [2]), (2, [1])])
     def test_every_fourth_sequence(self, total: int, held: list[int]):
-        layer, tokens, seen = torch.nn.Identity(), LayerTokens(), []
-        with tokens.observe(layer):
+        layer, experts, tokens, seen = torch.nn.Identity(), torch.nn.Identity(), LayerTokens(), []
+        with tokens.observe(layer, experts):
             for start in range(0, total, 2):  # batches of two sequences of five tokens
                 batch = torch.randn(min(2, total - start), 5, H)
                 layer(batch)
+                experts(batch)
                 position = torch.arange(len(batch) * 5)
                 mask = tokens.held_out(0, position, len(position), total)
                 seen += (start + position[mask] // 5).tolist()
@@ -309,6 +310,22 @@ class TestHeldOut:
                 copies = tokens.held_out(1, torch.cat((position, position + len(position))), 2 * len(position), total)
                 assert torch.equal(copies, mask.repeat(2))  # a block that hands every expert its own copy
         assert seen == [sequence for sequence in held for _ in range(5)]
+
+    def test_experts_of_images_see_a_part_of_the_tokens(self):
+        layer, experts, tokens = torch.nn.Identity(), torch.nn.Identity(), LayerTokens()
+        tokens.images = torch.tensor([False, True, True, False, False])
+        with tokens.observe(layer, experts):
+            x = torch.randn(1, 5, H)
+            layer(x)
+            norms = x.norm(dim=-1).flatten()
+            for kind, places in ((True, [1, 2]), (False, [0, 3, 4])):
+                experts(x[:, tokens.images == kind])
+                position = torch.arange(len(places))
+                assert torch.equal(tokens.norms(position), norms[places])
+                assert tokens.of_images(position).tolist() == [kind] * len(places)
+            experts(x[:, :4])  # which four is not known
+            assert tokens.norms(torch.arange(4)) is None
+            assert tokens.of_images(torch.arange(4)) is None
 
     def test_one_sequence_is_not_split(self):
         assert LayerTokens().held_out(0, None, 5, 1) is None
@@ -335,7 +352,7 @@ def test_relative_errors_weigh_a_token_by_what_it_enters(tmp_path: Path):
     own, change = experts.run(2, x), experts.run(2, x, matrices) - experts.run(2, x)
     entered = ((weight[:, None] * own).square().sum(-1) + norm.square()).sqrt()
     expected = (3.0 * ((weight[:, None] * change).square().sum(-1) / (entered * entered.median())).sum()).sqrt()
-    (error,) = output_errors(experts, 2, Sample(x, weight, norm, 3.0), [matrices], relative=True)
+    (error,) = output_errors(experts, 2, Sample(x, weight, norm, 3.0, torch.ones(len(x))), [matrices], relative=True)
     assert error == pytest.approx(float(expected), rel=1e-4)
 
 

@@ -8,6 +8,7 @@ import torch
 from tiny import TINY, load_class, save_dense, tokens
 from transformers import AutoConfig
 
+from transformers_mcmoe.calibration.sequences import Sequences
 from transformers_mcmoe.models.names import CheckpointNames
 from transformers_mcmoe.models.stream import Checkpoint, LayerStream, LoadedRunner, computing, open_runner
 from transformers_mcmoe.models.structure import Structure
@@ -22,13 +23,21 @@ def _open(folder, tmp_path, batch=2, ids=None):
     names = CheckpointNames(model)
     files = sorted(folder.glob("*.safetensors"))
     paths = list(Structure(model).experts)
-    ids = tokens(4, 24) if ids is None else ids
+    ids = Sequences.of(tokens(4, 24) if ids is None else ids)
     work = tmp_path / "work"
     work.mkdir(exist_ok=True)
     device = torch.device("cpu")
     with computing():
         return open_runner(
-            model, Checkpoint(files), names, paths, ids, work, dtype=torch.float32, device=device, batch=batch
+            model,
+            Checkpoint(files),
+            names,
+            paths,
+            ids,
+            work,
+            dtype=torch.float32,
+            device=device,
+            batch_tokens=batch * ids.longest,
         )
 
 
@@ -91,7 +100,7 @@ def test_layers_that_need_each_other_fall_back(tmp_path, caplog):
 
     def forward(self, *args, **kwargs):
         def pre(module, args, kwargs):
-            return (args[0] * 1.0, *args[1:]), kwargs  # a new tensor: hidden states are changed between layers
+            return (args[0] * 1.5, *args[1:]), kwargs  # hidden states are changed between layers
 
         handles = [layer.register_forward_pre_hook(pre, with_kwargs=True) for layer in self.layers]
         try:

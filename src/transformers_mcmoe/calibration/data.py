@@ -111,8 +111,13 @@ def shares_of(mixture: Mapping[str, float], num_samples: int) -> dict[str, int]:
 
 def _spread(parts: Sequence[Tensor]) -> Tensor:
     """Sequences of several data sets, [N, T], in an order in which any first ones are of all of them by their shares."""
-    place = torch.cat([(torch.arange(len(part)) + 0.5) / len(part) for part in parts])
-    return torch.cat(list(parts))[place.argsort(stable=True)]
+    return torch.cat(list(parts))[spread_order(list(map(len, parts)))]
+
+
+def spread_order(counts: Sequence[int]) -> list[int]:
+    """Numbers of the sequences of several data sets, one behind the other, in an order in which any first ones are of all."""
+    place = torch.cat([(torch.arange(count) + 0.5) / count for count in counts])
+    return place.argsort(stable=True).tolist()
 
 
 def text_tokens(dataset: Any, tokenizer: Any) -> Tensor:
@@ -242,16 +247,27 @@ def _field(row: Any, source: Any, field: str = "text") -> str:
 
 
 def _hub_texts(source: Mapping[str, Any], seed: int | None) -> Iterator[str]:
-    """Texts of a Hub data set, streamed in seeded random order, or in its own.
+    """Texts of a Hub data set, as `hub_rows` gives its rows."""
+    field = source.get("field") or "text"
+    first, rows = hub_rows(source, seed)
+    if first is None:
+        return iter(())
+    _field(first, source["path"], field)
+    return (_field(row, source["path"], field) for row in rows)
+
+
+def hub_rows(source: Mapping[str, Any], seed: int | None) -> tuple[Any, Iterator[Any]]:
+    """The first row of a Hub data set, None if it is empty, and all rows, streamed in seeded random order or in its own.
 
     Raises:
+        ValueError: the description names no data set.
         OSError: it cannot be reached.
     """
     from datasets import load_dataset
 
     if not source.get("path"):
         raise ValueError(f"The dataset {dict(source)!r} has no path; give the Hub id as 'path'.")
-    path, field = source["path"], source.get("field") or "text"
+    path = source["path"]
     try:
         dataset = load_dataset(
             path,
@@ -263,14 +279,13 @@ def _hub_texts(source: Mapping[str, Any], seed: int | None) -> Iterator[str]:
         rows = iter(dataset if seed is None else dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER))
         first = next(rows)
     except StopIteration:
-        return iter(())
+        return None, iter(())
     except Exception as error:
         raise OSError(
             f"The dataset '{path}' cannot be read from the Hub ({type(error).__name__}); go online, or "
             f"give {_ALTERNATIVES}."
         ) from error
-    _field(first, path, field)
-    return (_field(row, path, field) for row in itertools.chain([first], rows))
+    return first, itertools.chain([first], rows)
 
 
 def _tokenizer(tokenizer: Any, model_name: str) -> Any:

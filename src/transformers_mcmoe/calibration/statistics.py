@@ -37,17 +37,35 @@ class RoutingStatistics:
         tokens: [E] int64, (token, slot) pairs sent to each expert.
         weight: [E] float64, sum of the routing weights as the experts receive them (after the model's own
             normalisation and scaling); equal to `tokens` where the block applies weights outside the experts.
+        image_tokens, image_weight: the same of tokens that stand for parts of images, which both count, too.
     """
 
     tokens: Tensor
     weight: Tensor
+    image_tokens: Tensor
+    image_weight: Tensor
 
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
-        return RoutingStatistics(self.tokens + other.tokens, self.weight + other.weight)
+        return RoutingStatistics(
+            self.tokens + other.tokens,
+            self.weight + other.weight,
+            self.image_tokens + other.image_tokens,
+            self.image_weight + other.image_weight,
+        )
 
     @classmethod
     def zeros(cls, num_experts: int) -> RoutingStatistics:
-        return cls(torch.zeros(num_experts, dtype=torch.int64), torch.zeros(num_experts, dtype=torch.float64))
+        def counts(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(num_experts, dtype=dtype)
+
+        return cls(*(counts(dtype) for _ in range(2) for dtype in (torch.int64, torch.float64)))
+
+    def weighted(self, image: float) -> tuple[Tensor, Tensor]:
+        """Tokens and weights [E] float64 where a token of an image counts as so many of text."""
+        return (
+            self.tokens.to(torch.float64) + (image - 1) * self.image_tokens.to(torch.float64),
+            self.weight + (image - 1) * self.image_weight,
+        )
 
 
 @dataclass(frozen=True)
@@ -59,12 +77,14 @@ class Sample:
         weight: [n] float32 routing weights.
         norm: [n] float32, norm of the hidden state that the expert's output is added to; 0 where it is not known.
         scale: routed tokens per sampled token; squared errors are multiplied by it.
+        counts: [n] float32, what each token counts relative to one of text.
     """
 
     x: Tensor
     weight: Tensor
     norm: Tensor
     scale: float
+    counts: Tensor
 
 
 class ExpertInputs:
@@ -72,11 +92,19 @@ class ExpertInputs:
 
     The sample lies in a memory-mapped file, [E, SAMPLE, H]. An expert that gets at most SAMPLE tokens keeps them all.
 
+    Args:
+        num_experts: E.
+        path: the file.
+        seed: of the sample.
+        image: what a token of an image counts relative to one of text.
+
     Attributes:
         routing: the counts.
     """
 
-    def __init__(self, num_experts: int, path: Path, seed: int) -> None:
+    def __init__(self, num_experts: int, path: Path, seed: int, image: float = 1.0) -> None:
+        self._image = image
+        self._counts = torch.ones(num_experts, SAMPLE)
         self.routing = RoutingStatistics.zeros(num_experts)
         self._path = path
         self._x: Tensor | None = None
@@ -92,10 +120,11 @@ class ExpertInputs:
         weights: Tensor | None,
         norms: Tensor | None = None,
         sampled: Tensor | None = None,
+        images: Tensor | None = None,
     ) -> None:
         """Count tokens [n, H] of an expert, and let them or those with `sampled` [n] bool into the sample.
 
-        `norms` [n] are those of their hidden states.
+        `norms` [n] are those of their hidden states, `images` [n] bool says which stand for parts of images.
         """
         n = x.shape[0]
         if n == 0:
@@ -104,11 +133,17 @@ class ExpertInputs:
         self.routing.tokens[expert] += n
         self.routing.weight[expert] += weight.to(torch.float64).sum()
         norm = torch.zeros(n) if norms is None else norms.to("cpu", torch.float32)
+        counts = torch.ones(n)
+        if images is not None:
+            self.routing.image_tokens[expert] += images.sum()
+            self.routing.image_weight[expert] += weight[images].to(torch.float64).sum()
+            counts[images] = self._image
         if sampled is not None:
-            x, weight, norm = x[sampled], weight[sampled.cpu()], norm[sampled.cpu()]
-        self._sample(expert, x, weight, norm)
+            kept = sampled.cpu()
+            x, weight, norm, counts = x[sampled], weight[kept], norm[kept], counts[kept]
+        self._sample(expert, x, weight, norm, counts)
 
-    def _sample(self, expert: int, x: Tensor, weight: Tensor, norm: Tensor) -> None:
+    def _sample(self, expert: int, x: Tensor, weight: Tensor, norm: Tensor, counts: Tensor) -> None:
         n = x.shape[0]
         if n == 0:
             return
@@ -125,6 +160,7 @@ class ExpertInputs:
         self._x[expert, kept] = x[last[kept].to(x.device)].cpu()
         self._weight[expert, kept] = weight[last[kept]]
         self._norm[expert, kept] = norm[last[kept]]
+        self._counts[expert, kept] = counts[last[kept]]
         self._seen[expert] += n
 
     def is_starved(self, expert: int) -> bool:
@@ -146,31 +182,40 @@ class ExpertInputs:
         count = int(tokens[expert])
         if not self.is_starved(expert):
             n = min(int(self._seen[expert]), SAMPLE)
-            return Sample(self._x[expert, :n], self._weight[expert, :n], self._norm[expert, :n], count / n)
+            own = (expert, slice(0, n))
+            return Sample(self._x[own], self._weight[own], self._norm[own], count / n, self._counts[own])
         share = max(1, SAMPLE // (4 * len(tokens)))
         counts = [min(n, share) for n in self._seen.tolist()]
         x = torch.cat([self._x[e, :n] for e, n in enumerate(counts)])
         norm = torch.cat([self._norm[e, :n] for e, n in enumerate(counts)])
+        every = torch.cat([self._counts[e, :n] for e, n in enumerate(counts)])
         mean = float(self.routing.weight.sum() / tokens.sum())
-        return Sample(x, torch.full((len(x),), mean), norm, max(count, 1) / len(x))
+        return Sample(x, torch.full((len(x),), mean), norm, max(count, 1) / len(x), every)
 
 
 class LayerTokens:
     """What is known of the tokens of a decoder layer's latest call: their hidden states' norms, their sequences.
 
-    Tokens are asked for by their positions among the layer's tokens, or among several copies of them.
+    Tokens are asked for by their positions among those that the experts were called with: the layer's, several copies of them,
+    or those of images, or of text, alone.
     """
 
     def __init__(self) -> None:
         self._norms: Tensor | None = None
+        self._called = 0  # tokens that the experts were called with
+        self.images: Tensor | None = None  # [tokens] bool, those of images
         self._sequences = self._first = self._next = 0
         self._counts: dict[int, int] = {}
 
     @contextmanager
-    def observe(self, layer: nn.Module) -> Iterator[None]:
-        """While open, every call of the layer is looked at; its first argument is [.., H]."""
+    def observe(self, layer: nn.Module, experts: nn.Module) -> Iterator[None]:
+        """While open, every call of the layer, and of experts in it, is looked at; their first arguments are [.., H]."""
         self._next = 0
         self._counts.clear()
+
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+            self._called = x.numel() // x.shape[-1]
 
         def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
@@ -178,14 +223,32 @@ class LayerTokens:
             self._sequences = x.shape[0] if x.dim() > 2 else 1
             self._first, self._next = self._next, self._next + self._sequences
 
-        with layer.register_forward_pre_hook(measure, with_kwargs=True):
+        with (
+            layer.register_forward_pre_hook(measure, with_kwargs=True),
+            experts.register_forward_pre_hook(count, with_kwargs=True, prepend=True),
+        ):
             yield
+
+    def places(self, position: Tensor | None) -> Tensor | None:
+        """Where in the layer's tokens those at positions [n] of the experts' are; None where that is not known."""
+        if position is None or self._norms is None:
+            return None
+        if self._called % len(self._norms) == 0:
+            return position % len(self._norms)
+        for kind in () if self.images is None else (self.images, ~self.images):
+            if int(kind.sum()) == self._called:
+                return kind.to(position.device).nonzero().flatten()[position]
+        return None
 
     def norms(self, position: Tensor | None) -> Tensor | None:
         """Norms [n] of the hidden states; None where positions are not known."""
-        if position is None or self._norms is None:
-            return None
-        return self._norms[position % len(self._norms)]
+        places = self.places(position)
+        return None if places is None or self._norms is None else self._norms[places]
+
+    def of_images(self, position: Tensor | None) -> Tensor | None:
+        """[n] bool on CPU, which tokens are of images; None where none is, or positions are not known."""
+        places = None if self.images is None else self.places(position)
+        return None if places is None or self.images is None else self.images[places.cpu()]
 
     def held_out(self, expert: int, position: Tensor | None, n: int, total: int) -> Tensor | None:
         """[n] bool, the next tokens of an expert that are of every HELD_OUT-th of `total` sequences.
@@ -196,13 +259,14 @@ class LayerTokens:
         step = min(HELD_OUT, total)
         if step < 2:
             return None
-        if position is None or self._norms is None:
+        places = self.places(position)
+        if places is None or self._norms is None:
             start = self._counts.get(expert, 0)
             self._counts[expert] = start + n
             sequence = torch.arange(start, start + n) // 4
         else:
             length = len(self._norms) // self._sequences
-            sequence = self._first + position % len(self._norms) // length
+            sequence = self._first + places // length
         return sequence % step == step - 1
 
 
@@ -343,6 +407,7 @@ def output_errors(
         factor = weight.square() / (entered * entered.median())
     else:
         factor = weight.square()
+    factor = factor * sample.counts.to(factor)
     errors = []
     for matrices in candidates:
         given = {name: matrix.to(device) for name, matrix in matrices.items()}

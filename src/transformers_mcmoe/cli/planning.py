@@ -80,7 +80,8 @@ def _measured(model: str, empty: Any, options: dict[str, Any], dtype: torch.dtyp
     """The widths that calibration chooses."""
     with tempfile.TemporaryDirectory(prefix="mcmoe-plan-") as folder, progress() as move:
         work = options["work_dir"] or Path(folder)
-        config = config_of(options, work_dir=work, progress=move, tokenizer=options["tokenizer"] or model)
+        sources = {name: options[name] or model for name in ("tokenizer", "processor")}
+        config = config_of(options, work_dir=work, progress=move, **sources)
         return allocate(empty, checkpoint_files(model), config, dtype=dtype, work_dir=work)
 
 

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 QUANT_METHOD = "mcmoe"
 FORMAT_VERSION = 1
 # belong to one run on one machine, never stored
-RUNTIME = ("tokenizer", "work_dir", "max_memory", "target_size", "device", "progress", "asked")
+RUNTIME = ("tokenizer", "processor", "work_dir", "max_memory", "target_size", "device", "progress", "asked")
 
 
 class MCMoEConfig(QuantizationConfigMixin):
@@ -91,10 +91,14 @@ class MCMoEConfig(QuantizationConfigMixin):
         activations: a layer is calibrated on what the "compressed" layers before it return, or the "dense" ones.
         dataset: calibration text: Hub id "org/name[:subset[:split[:field]]]" or a dict with path, subset, split,
             field; a local .txt, .jsonl or .parquet file; a list of strings; token ids [N, T]; or several ids and files with
-            their shares, {"web.txt": 0.7, "code.jsonl": 0.3}. Default: C4.
+            their shares, {"web.txt": 0.7, "code.jsonl": 0.3}. Default: C4. For vision-language models also samples with images, which
+            is their default (docs/vision.md): a list of {"image": .., "text": ..} or of chat messages, a folder with images and a
+            .jsonl file, or a Hub id.
         num_samples: calibration sequences.
-        seq_len: tokens per calibration sequence.
+        seq_len: tokens per calibration sequence; the most of a sample with images.
         tokenizer: tokenizer object or id; default the model's own.
+        processor: processor object or id, for samples with images; default the model's own.
+        image_weight: what a token of an image counts in significances and errors relative to one of text.
         modules_to_not_convert: names or patterns of modules that stay as they are.
         seed: seed of every random choice.
         work_dir: folder for hidden states and finished layers; default a temporary one.
@@ -148,6 +152,8 @@ class MCMoEConfig(QuantizationConfigMixin):
         num_samples: int = 128,
         seq_len: int = 2048,
         tokenizer: Any = None,
+        processor: Any = None,
+        image_weight: float = 1.0,
         modules_to_not_convert: Sequence[str] | None = None,
         seed: int = 0,
         work_dir: str | Path | None = None,
@@ -184,7 +190,8 @@ class MCMoEConfig(QuantizationConfigMixin):
         self.dataset = dataset
         self.num_samples = num_samples
         self.seq_len = seq_len
-        self.tokenizer = tokenizer
+        self.tokenizer, self.processor = tokenizer, processor
+        self.image_weight = image_weight
         self.modules_to_not_convert = modules_to_not_convert or []
         self.seed = seed
         self.work_dir = Path(work_dir) if work_dir is not None else None

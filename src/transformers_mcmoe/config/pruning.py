@@ -15,6 +15,8 @@ from transformers_mcmoe.config.values import check
 Options = TypeVar("Options")
 
 METHODS = ("odp", "random", "mean", "variance", "kurtosis")
+# options that thresholds depend on
+DECISIVE = ("threshold", "quantile", "rate", "protect", "drop_all", "method")
 # share of a sequence's tokens that "odp" keeps whole; other methods protect none unless asked to
 PROTECT = 0.02
 
@@ -33,6 +35,8 @@ class ODPConfig:
         rate: mu, per layer, such that this share of the expert bytes that are routed to is skipped on calibration data.
         protect: share of a sequence's tokens that keep all their experts; default 0.02 for "odp", 0 else. With 0,
             "odp" is the threshold alone (NAEE, arXiv 2402.14800).
+        protect_images: in vision-language models, share of a sequence's image tokens that keep all their experts, chosen among
+            themselves, as `protect` then chooses among the tokens of text; None looks at all tokens together.
         causal: choose protected tokens from earlier tokens only, also within a prompt; then results do not depend on how
             a prompt is cut into calls. False, as the paper: a prompt is looked at as a whole.
         layers: "all", the numbers of decoder layers, or "auto": those that change the output least, as many as `max_kl`
@@ -56,6 +60,7 @@ class ODPConfig:
     quantile: float | None = None
     rate: float | None = None
     protect: float | None = None
+    protect_images: float | None = None
     causal: bool = False
     layers: str | Sequence[int] = "all"
     max_kl: float | None = None
@@ -75,6 +80,9 @@ class ODPConfig:
         for name in ("protect", "drop_all"):
             value = getattr(self, name)
             check(is_number(value) and 0 <= value < 1, name, value, "a share in [0, 1)")
+        images = self.protect_images
+        known = images is None or (is_number(images) and 0 <= images < 1)
+        check(known, "protect_images", images, "a share in [0, 1), or left out")
         together = self.protect + self.drop_all  # type: ignore[operator]
         check(together <= 1, "drop_all", self.drop_all, f"at most 1 - protect = {1 - self.protect:g}")  # type: ignore[operator]
         for name in ("causal", "renormalize"):
@@ -108,14 +116,12 @@ class ODPConfig:
     @property
     def needs_attention(self) -> bool:
         """Whether tokens are ranked by their importance."""
-        return bool(self.protect or self.drop_all)
+        return bool(self.protect or self.protect_images or self.drop_all)
 
     @property
     def decisive(self) -> dict[str, Any]:
         """The options that thresholds depend on."""
-        return {
-            name: getattr(self, name) for name in ("threshold", "quantile", "rate", "protect", "drop_all", "method")
-        }
+        return {name: getattr(self, name) for name in DECISIVE}
 
     @property
     def calibrated(self) -> bool:

@@ -75,6 +75,8 @@ def validate(config: MCMoEConfig) -> None:
     for name in ("num_samples", "seq_len"):
         value = getattr(config, name)
         check(isinstance(value, int) and value > 0, name, value, "a positive integer")
+    weight = config.image_weight
+    check(isinstance(weight, int | float) and weight > 0, "image_weight", weight, "a number > 0")
     names = config.modules_to_not_convert
     check(isinstance(names, list | tuple), "modules_to_not_convert", names, "a list of names or patterns")
     config.modules_to_not_convert = list(names)

@@ -112,7 +112,11 @@ class CheckpointNames:
             return False
         target = f"{experts.path}.{experts.parameter_names()[0]}"
         inputs = [p.name for p in experts.projections if p.role == "gate_up"]
-        return not self._per_expert_leaves(target, experts.path, inputs)
+        if self._per_expert_leaves(target, experts.path, inputs):
+            return False
+        # Ernie's experts of text and of images are published in one list
+        builders = (c for c in self.converters if _builds_experts(c, {experts.path: experts}))
+        return not any("*." in source for c in builders for source in c._original_source_patterns)
 
 
 def packed_conversions(conversions: Iterable[Any], packed: Mapping[str, Experts], dense: Iterable[str]) -> list[Any]:

@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from transformers_mcmoe.calibration.data import fingerprint
+from transformers_mcmoe.calibration.sequences import Sequences as Calibration
 from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.models.stream import Checkpoint, computing, open_runner
 from transformers_mcmoe.models.structure import Structure
@@ -60,6 +59,7 @@ class Compressed:
         fallbacks: what was done otherwise than usual, and why.
         seconds: time per stage.
         tokens: calibration tokens run, 0 if none.
+        image_tokens: those of them that stand for parts of images.
         tokens_sha256: of their ids, None if none.
         plan_given: whether the config brought the plan.
         teacher: what the dense model returned for the sequences to tune on, or None.
@@ -76,6 +76,7 @@ class Compressed:
     seconds: dict[str, float]
     tokens: int
     tokens_sha256: str | None = None
+    image_tokens: int = 0
     plan_given: bool = False
     teacher: Teacher | None = None
     dropped: Dropped | None = None
@@ -109,7 +110,8 @@ def compress(
         fallbacks=job.fallbacks,
         seconds=job.seconds,
         tokens=0 if calibration is None else calibration.numel(),
-        tokens_sha256=None if calibration is None else fingerprint(calibration),
+        tokens_sha256=None if calibration is None else calibration.fingerprint(),
+        image_tokens=0 if calibration is None else calibration.image_tokens(),
         plan_given=config.plan is not None,
         teacher=teacher,
         dropped=job.dropped,
@@ -128,7 +130,7 @@ def allocate(
 @contextmanager
 def _prepared(
     model: Any, checkpoint_files: Sequence[str | Path], config: MCMoEConfig, dtype: torch.dtype, work_dir: Path
-) -> Iterator[tuple[Job, Structure, Tensor | None]]:
+) -> Iterator[tuple[Job, Structure, Calibration | None]]:
     """A job that may begin, its structure and its calibration tokens."""
     started = time.monotonic()
     by_loss = config.drops is not None and config.drops.importance == "loss"
@@ -146,7 +148,7 @@ def _prepared(
         budgets, calibration = prepare(structure, config)
         limit = hessian_memory(structure, config, dtype)
         # a run that needs no data still looks at what layers are given
-        tokens = torch.zeros(1, 8, dtype=torch.int64) if calibration is None else calibration
+        tokens = Calibration(torch.zeros(1, 8, dtype=torch.int64)) if calibration is None else calibration
         work = WorkDir(work_dir, fingerprint_of(structure, config, checkpoint_files, tokens))
         work.claim(disk_need(structure, config, tokens.numel(), dtype))
         stack.callback(work.clean)
@@ -159,7 +161,7 @@ def _prepared(
             work.path,
             dtype=dtype,
             device=device,
-            batch=max(1, BATCH_TOKENS // tokens.shape[1]),
+            batch_tokens=BATCH_TOKENS,
             limit=config.max_memory_bytes or None,
             judged=max(1, len(tokens) // JUDGED) if config.joint and config.plan is None else 0,
         )

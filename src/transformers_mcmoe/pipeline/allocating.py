@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from transformers_mcmoe.allocation import SCORES, solve, uniform
 from transformers_mcmoe.allocation.significance import ExpertStatistics, layers_by_change
@@ -159,7 +158,7 @@ class Allocator:
         nothing = [0.0] * len(routing.tokens)
         kept = list(self._structure.kept_of(path))
         # an expert without tokens is of little significance, not of none
-        tokens, weight = routing.tokens.to(torch.float64).numpy(), routing.weight.numpy()
+        tokens, weight = (part.numpy() for part in routing.weighted(config.image_weight))
         statistics = ExpertStatistics(
             np.maximum(tokens, 1.0)[kept],
             np.where(tokens > 0, weight, weight.sum() / tokens.sum())[kept],

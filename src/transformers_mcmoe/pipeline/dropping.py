@@ -70,7 +70,7 @@ class Dropper:
         self._least = least
         self._together = 1  # layers whose inner products are in memory at once
         self.routers = routers_for(self._structure, config.drops) if self._looks else {}
-        length = self._runner.tokens.shape[1]
+        length = self._runner.tokens.length
         self._sequences = min(len(self._runner.tokens), -(-self._config.tokens // length))
         self.found = Dropped()
 
@@ -154,7 +154,7 @@ class Dropper:
 
     def _measure_loss(self, layers: range) -> None:
         """How much the model's loss rises without an expert: what a layer returns without it runs through the later layers."""
-        length = self._runner.tokens.shape[1]
+        length = self._runner.tokens.length
         self._runner.restart(loss_sequences(length))
         states = self._runner.states()
         everything = range(len(self._runner.layers))

@@ -95,7 +95,7 @@ class Job:
         if not self._config.tuning_steps:
             return None
         tokens = self._runner.tokens
-        count = min(len(tokens), sequences_for(self._config.tuning_steps, tokens.shape[1]))
+        count = min(len(tokens), sequences_for(self._config.tuning_steps, tokens.length))
         stages = len(self._runner.layers)
         hidden = self._timed("teach", lambda: self._runner.outputs(count, path, self._meter.layer_done), stages)
         self._runner.restart()

@@ -83,7 +83,8 @@ class JointProgram:
         if self._drops and self._dropper.routers[path].groups == 1:
             outputs = self._dropper.look(i, [path])[path]
             # errors of widths are sums over all tokens, these over those that were looked at
-            tokens = (self._runner.sequences - self._runner.judged) * self._runner.tokens.shape[1]
+            known = self._runner.tokens
+            tokens = known.numel(self._runner.sequences) - known.numel(self._runner.judged)
             more = (max(tokens, 1) / len(outputs.factor)) ** 0.5
             self._dropped[path] = [more * outputs.error((e,)) for e in range(outputs.num_experts)]
         if self._ranks:

@@ -69,7 +69,7 @@ class Measurer:
         """Measure all layers."""
         judged = self._runner.judged
         self._runner.restart(
-            judged + measured_sequences(len(self._runner.tokens) - judged, self._runner.tokens.shape[1])
+            judged + measured_sequences(len(self._runner.tokens) - judged, self._runner.tokens.length)
         )
         for i in layers:
             with self._runner.loaded(i):
@@ -124,7 +124,7 @@ class Measurer:
             return outputs.change()
 
         run()
-        tokens = self._runner.sequences * self._runner.tokens.shape[1]
+        tokens = self._runner.tokens.numel(self._runner.sequences)
         lowest = {path: self._structure.choices[path][0] for path in paths}
         for path, matrix in self._watcher.linears(i, lowest, quick=True):
             module: Any = self._structure.model.get_submodule(path)

@@ -7,17 +7,16 @@ Knows the model's structure and the config; it does not know weights.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from transformers_mcmoe.allocation.budget import LayerSize, expert_budgets
-from transformers_mcmoe.calibration.data import calibration_tokens
-from transformers_mcmoe.calibration.data import fingerprint as data_fingerprint
 from transformers_mcmoe.calibration.hessians import ExpertHessians
+from transformers_mcmoe.calibration.images import calibration_sequences
+from transformers_mcmoe.calibration.sequences import Sequences
 from transformers_mcmoe.calibration.statistics import SAMPLE
 from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig, ODPConfig, OTPConfig
 from transformers_mcmoe.models.structure import Structure
@@ -49,8 +48,8 @@ _LOGITS = 10
 _HEADER = 160
 
 
-def prepare(structure: Structure, config: MCMoEConfig) -> tuple[dict[str, int], Tensor | None]:
-    """Budget of every experts module, {} under a given plan, and calibration tokens [N, T], None where none are needed.
+def prepare(structure: Structure, config: MCMoEConfig) -> tuple[dict[str, int], Sequences | None]:
+    """Budget of every experts module, {} under a given plan, and calibration sequences, None where none are needed.
 
     Raises:
         ValueError: the budget or the plan does not fit the model, or the data cannot be used.
@@ -162,33 +161,36 @@ def budgets_of(structure: Structure, config: MCMoEConfig) -> dict[str, int]:
     return dict(zip(structure.experts, found, strict=True))
 
 
-def tokens_for(model: Any, config: MCMoEConfig) -> Tensor:
-    """Calibration tokens [N, T] that a config asks for.
+def tokens_for(model: Any, config: MCMoEConfig) -> Sequences:
+    """Calibration sequences that a config asks for.
 
     Raises:
         ValueError: the data cannot be used, or not with this model.
     """
-    tokens = calibration_tokens(
+    tokens = calibration_sequences(
+        model,
         config.dataset,
         config.tokenizer,
+        processor=config.processor,
         num_samples=config.num_samples,
         seq_len=config.seq_len,
         seed=config.seed,
         model_name=getattr(model.config, "name_or_path", ""),
     )
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and tokens.shape[1] > limit:
-        raise ValueError(f"seq_len={tokens.shape[1]} is longer than the {limit} positions of this model; lower it.")
+    if isinstance(limit, int) and tokens.longest > limit:
+        raise ValueError(f"seq_len={tokens.longest} is longer than the {limit} positions of this model; lower it.")
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    if int(tokens.max()) >= vocabulary or int(tokens.min()) < 0:
+    highest = max(int(ids.max()) for ids in tokens.ids)
+    if highest >= vocabulary or min(int(ids.min()) for ids in tokens.ids) < 0:
         raise ValueError(
-            f"The calibration tokens reach id {int(tokens.max())}, but the model has {vocabulary} embeddings; "
+            f"The calibration tokens reach id {highest}, but the model has {vocabulary} embeddings; "
             "give the model's own tokenizer."
         )
     return tokens
 
 
-def _check_at_least(config: MCMoEConfig, sizes: Sequence[LayerSize], budgets: Sequence[int]) -> None:
+def _check_at_least(config: MCMoEConfig, sizes: Iterable[LayerSize], budgets: Iterable[int]) -> None:
     """Raise ValueError if a layer's budget cannot give `at_least` experts their widths."""
     asked = sum(config.at_least.values())
     for layer, budget in zip(sizes, budgets, strict=True):
@@ -201,16 +203,16 @@ def _check_at_least(config: MCMoEConfig, sizes: Sequence[LayerSize], budgets: Se
             )
 
 
-def fingerprint_of(structure: Structure, config: MCMoEConfig, files: Sequence[str | Path], tokens: Tensor) -> str:
+def fingerprint_of(structure: Structure, config: MCMoEConfig, files: Iterable[str | Path], tokens: Sequences) -> str:
     """Mark of a run in its work folder: everything that its result depends on."""
     parts = {
         "version": __version__,
         "format": FORMAT_VERSION,
         "config": config.to_dict(),
         "model": structure.model.config.to_dict(),
-        "tokens": data_fingerprint(tokens),
+        "tokens": tokens.fingerprint(),
     }
-    return fingerprint(parts, files)
+    return fingerprint(parts, list(files))
 
 
 def hessian_memory(structure: Structure, config: MCMoEConfig, dtype: torch.dtype) -> int:

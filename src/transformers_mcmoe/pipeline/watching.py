@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from torch import Tensor
 
 from transformers_mcmoe.calibration.hessians import DownHessians, ExpertHessians
+from transformers_mcmoe.calibration.images import sees_images
 from transformers_mcmoe.calibration.statistics import ExpertInputs, LayerTokens
 from transformers_mcmoe.config import MCMoEConfig, ODPConfig, OTPConfig
 from transformers_mcmoe.memory import return_free_memory
@@ -109,25 +110,34 @@ class Watcher:
         experts, tokens = self.structure.experts[path], LayerTokens()
 
         def record(expert: int, x: Tensor, weights: Tensor | None, position: Tensor | None) -> None:
+            tokens.images = self.runner.images
             held = tokens.held_out(expert, position, x.shape[0], self.runner.sequences) if held_out else None
             if inputs is not None:
-                inputs.record(expert, x, weights, tokens.norms(position), held)
+                inputs.record(expert, x, weights, tokens.norms(position), held, tokens.of_images(position))
             if hessians is not None:
                 hessians.record(expert, x if held is None else x[~held])
 
         layer = self.structure.model.get_submodule(self.runner.layers[i])
-        with experts.idle(), experts.observe(record), tokens.observe(layer):
+        with experts.idle(), experts.observe(record), tokens.observe(layer, experts.module):
             self.runner.replay(i)
 
     def observe(self, i: int, path: str, hessians: ExpertHessians | None, held_out: bool = False) -> ExpertInputs:
         """Run layer i with idle experts; count and sample what reaches them."""
         experts, result = self.structure.experts[path], self.layers[path]
-        inputs = ExpertInputs(experts.num_experts, self._work.path / "expert_inputs.bin", self.config.seed)
+        samples = self._work.path / "expert_inputs.bin"
+        inputs = ExpertInputs(experts.num_experts, samples, self.config.seed, self.config.image_weight)
         ratios = RoutingRatios(experts.num_experts)
         with record_routing(experts.module, experts, ratios):
             self._watch(i, path, hessians, inputs, held_out)
         if int(inputs.routing.tokens.sum()) == 0:
-            raise ValueError(f"No calibration token reached the experts of '{path}'; use other calibration data.")
+            seen, missing = self.runner.tokens.image_tokens(), "use other calibration data"
+            if sees_images(self.structure.model.config):
+                missing = (
+                    "all of them were of images: mix in text"
+                    if seen == self.runner.tokens.numel()
+                    else ("none of them was of an image: give samples with images" if not seen else missing)
+                )
+            raise ValueError(f"No calibration token reached the experts of '{path}'; {missing}.")
         known = result.routing is not None
         result.routing, result.ratios = inputs.routing, ratios
         if isinstance(self.config.odp, ODPConfig) or isinstance(self.config.otp, OTPConfig):

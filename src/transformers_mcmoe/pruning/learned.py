@@ -8,8 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
+from transformers_mcmoe.calibration.sequences import Sequences as Calibration
 from transformers_mcmoe.config import TARGET, OTPConfig
 from transformers_mcmoe.nn import PackedExperts
 from transformers_mcmoe.plan import under_prefix
@@ -22,9 +21,9 @@ TRAINED = "mcmoe_trained_pruning"
 
 
 def trained(
-    model: Any, otp: OTPConfig, tokens: Tensor, progress: Callable[[Progress], None] | None = None
+    model: Any, otp: OTPConfig, tokens: Calibration, progress: Callable[[Progress], None] | None = None
 ) -> OTPConfig:
-    """Train the routers of a model without pruning on tokens [N, T]; the options with what was found."""
+    """Train the routers of a model without pruning on calibration sequences; the options with what was found."""
     otp, meter = replace(otp, target=otp.target or TARGET), Meter(progress)
     try:
         otp = RouterTraining(model, prunable_experts(model), otp, meter).run(tokens)

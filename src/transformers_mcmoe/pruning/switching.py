@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from torch import Tensor
-
+from transformers_mcmoe.calibration.sequences import Sequences as Calibration
 from transformers_mcmoe.config import TARGET, MCMoEConfig, ODPConfig, OTPConfig
 from transformers_mcmoe.pipeline.prepare import tokens_for
 from transformers_mcmoe.progress import Progress
@@ -154,6 +153,6 @@ def _switch(model: Any, before: ExpertPruning | None, config: MCMoEConfig | None
     return options
 
 
-def _calibration(model: Any, dataset: Any, tokenizer: Any, num_samples: int, seq_len: int, seed: int) -> Tensor:
+def _calibration(model: Any, dataset: Any, tokenizer: Any, num_samples: int, seq_len: int, seed: int) -> Calibration:
     data = {"dataset": dataset, "tokenizer": tokenizer, "seed": seed}
     return tokens_for(model, MCMoEConfig(num_samples=num_samples, seq_len=seq_len, **data))

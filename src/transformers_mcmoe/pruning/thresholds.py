@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from transformers_mcmoe.calibration.sequences import Sequences as Calibration
 from transformers_mcmoe.config import MCMoEConfig, ODPConfig
 from transformers_mcmoe.models.experts import layer_of
+from transformers_mcmoe.models.stream import model_inputs
 from transformers_mcmoe.plan import under_prefix
 from transformers_mcmoe.pruning.stats import expert_pruning_stats
 from transformers_mcmoe.report import compression_report
@@ -52,7 +54,7 @@ def start_expert_pruning(model: Any, odp: ODPConfig) -> ODPConfig:
 
 
 def with_thresholds(
-    model: Any, odp: ODPConfig, recorded: Mapping[str, Any] | None, tokens: Tensor | None
+    model: Any, odp: ODPConfig, recorded: Mapping[str, Any] | None, tokens: Calibration | None
 ) -> ODPConfig:
     """The options with thresholds, and with the layers that `layers="auto"` finds.
 
@@ -60,7 +62,7 @@ def with_thresholds(
         model: the model, without pruning.
         odp: the options.
         recorded: the `routing_ratios` of its compression's report, if there is one: what thresholds are read from.
-        tokens: calibration tokens [N, T], where there is no record or layers are to be chosen.
+        tokens: calibration sequences, where there is no record or layers are to be chosen.
     """
     if odp.layers == "auto" and tokens is None:
         raise ValueError("layers='auto' compares outputs on calibration text; call set_expert_pruning with dataset=.")
@@ -91,7 +93,7 @@ def recorded_ratios(model: Any) -> Mapping[str, Any] | None:
         return None
 
 
-def _measure(model: Any, odp: ODPConfig, tokens: Tensor | None) -> dict[str, RatioTable]:
+def _measure(model: Any, odp: ODPConfig, tokens: Calibration | None) -> dict[str, RatioTable]:
     """What is known of the routing of every experts module: measured on tokens, or on a few random ones."""
     if tokens is None:
         if odp.threshold is None:
@@ -101,26 +103,26 @@ def _measure(model: Any, odp: ODPConfig, tokens: Tensor | None) -> dict[str, Rat
             )
         # how many slots there are and whether their weights have a fixed sum: a few tokens show it
         vocabulary = model.get_input_embeddings().weight.shape[0]
-        tokens = torch.randint(0, vocabulary, (1, 64), generator=torch.Generator().manual_seed(0))
+        tokens = Calibration(torch.randint(0, vocabulary, (1, 64), generator=torch.Generator().manual_seed(0)))
     device = model.get_input_embeddings().weight.device
     with observe_routing(model) as ratios, torch.no_grad(), _evaluating(model):
-        for batch in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])):
-            model(input_ids=batch.to(device), use_cache=False)
+        for batch in tokens.batches(BATCH_TOKENS):
+            model(**model_inputs(model, batch.to(device)))
     sizes = expert_bytes(model)
     return {path: own.table(sizes[path]) for path, own in ratios.items()}
 
 
-def _choose_layers(model: Any, odp: ODPConfig, tokens: Tensor) -> list[int]:
+def _choose_layers(model: Any, odp: ODPConfig, tokens: Calibration) -> list[int]:
     """The most layers whose pruning together stays within `max_kl`, those first that cost least for a byte."""
-    tokens = tokens[: max(1, KL_TOKENS // tokens.shape[1]), :KL_TOKENS]
+    tokens = tokens.cut(KL_TOKENS)
     everywhere = replace(odp, layers="all", max_kl=None)
-    base = functional.log_softmax(_logits(model, tokens), dim=-1)
+    base = _chances(model, tokens)
 
     def measure(layers: Sequence[int]) -> tuple[float, float]:
         """KL in nats per token, and bytes skipped."""
         pruning = ExpertPruning(model, replace(everywhere, layers=layers))
         try:
-            pruned = functional.log_softmax(_logits(model, tokens), dim=-1)
+            pruned = _chances(model, tokens)
             skipped = expert_pruning_stats(model)["prefill"]
         finally:
             pruning.detach()
@@ -144,16 +146,19 @@ def _choose_layers(model: Any, odp: ODPConfig, tokens: Tensor) -> list[int]:
 
 
 @torch.no_grad()
-def _logits(model: Any, tokens: Tensor) -> Tensor:
-    """Logits [N, T, V] float32 of a model in evaluation mode."""
+def _chances(model: Any, tokens: Calibration) -> Tensor:
+    """Logarithms of the next tokens' probabilities [n, V] float32 of a model in evaluation mode."""
+    found = []
     with _evaluating(model):
         device = model.get_input_embeddings().weight.device
-        output = model(input_ids=tokens.to(device), use_cache=False)
-    if getattr(output, "logits", None) is None:
-        raise ValueError(
-            f"layers='auto' compares logits, which {type(model).__name__} has none of; load it with its head."
-        )
-    return output.logits.to("cpu", torch.float32)
+        for batch in tokens.batches(KL_TOKENS):
+            output = model(**model_inputs(model, batch.to(device)))
+            if getattr(output, "logits", None) is None:
+                raise ValueError(
+                    f"layers='auto' compares logits, which {type(model).__name__} has none of; load it with its head."
+                )
+            found.append(functional.log_softmax(output.logits.flatten(0, 1).to("cpu", torch.float32), dim=-1))
+    return torch.cat(found)
 
 
 @contextmanager

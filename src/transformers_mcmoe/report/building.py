@@ -66,7 +66,11 @@ def build_report(model: nn.Module, config: MCMoEConfig, result: Compressed) -> d
         "compared_plans": result.compared,
         "activated_bytes_per_token": _activated_bytes(model, config, result),
         "routing_ratios": _ratios(config, result),
-        "coverage": {path: _coverage(layer) for path, layer in result.layers.items() if layer.routing is not None},
+        "coverage": {
+            path: _coverage(layer, result.image_tokens > 0)
+            for path, layer in result.layers.items()
+            if layer.routing is not None
+        },
         "errors": {path: {str(b): e for b, e in layer.errors.items()} for path, layer in result.layers.items()},
         "role_errors": {path: _by_role(layer) for path, layer in result.layers.items() if layer.role_errors},
         "fallbacks": list(result.fallbacks),
@@ -78,6 +82,7 @@ def build_report(model: nn.Module, config: MCMoEConfig, result: Compressed) -> d
             "parts": _parts(model, config, result),
         },
         "calibration_tokens": result.tokens,
+        "image_tokens": result.image_tokens,
         "calibration_source": _source(config, result),
         "calibration_sha256": result.tokens_sha256,
         "plan_given": result.plan_given,
@@ -172,11 +177,12 @@ def _by_role(layer: LayerResult) -> dict[str, dict[str, list[float]]]:
     return {role: {str(bits): e for bits, e in errors.items()} for role, errors in layer.role_errors.items()}
 
 
-def _coverage(layer: LayerResult) -> dict[str, Any]:
+def _coverage(layer: LayerResult, images: bool) -> dict[str, Any]:
     if layer.routing is None:
         return {}
     return {
         "tokens": layer.routing.tokens.tolist(),
+        **({"image_tokens": layer.routing.image_tokens.tolist()} if images else {}),
         "routing_weight": [round(weight, 4) for weight in layer.routing.weight.tolist()],
         "starved": layer.starved,
     }

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from transformers_mcmoe.calibration.images import image_token_ids
 from transformers_mcmoe.config import ODPConfig, OTPConfig
 from transformers_mcmoe.models.experts import (
     FusedExperts,
@@ -114,6 +115,9 @@ class ExpertPruning:
         call = Call(ranks, repeatable=repeatable, layer=attends)
         owner = self._model.get_submodule(stack.rpartition(".")[0])
         self._handles.append(owner.register_forward_pre_hook(call.begin, with_kwargs=True))
+        images = image_token_ids(self._model.config)
+        if ranks and images:
+            self._handles.append(self._model.register_forward_pre_hook(call.see(images), with_kwargs=True))
         if ranks:
             self._handles.append(owner.register_forward_hook(call.keep))
         return call

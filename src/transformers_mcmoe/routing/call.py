@@ -30,6 +30,7 @@ class Call:
         valid: [B, T] bool, False for padding; None where there is none.
         attention: what `attention_received` gives for the last attention layer that was run; None before the first.
         past: tokens in the cache before the call.
+        images: [B, T] bool, tokens that stand for parts of images; None where none is known.
     """
 
     def __init__(self, ranks: bool = False, repeatable: bool = True, layer: int = 0) -> None:
@@ -37,6 +38,7 @@ class Call:
         self.valid: Tensor | None = None
         self.attention: tuple[Tensor, Tensor] | None = None
         self.past = 0
+        self.images: Tensor | None = None
         self._ranks, self._repeatable, self._layer = ranks, repeatable, layer
         self._seen: dict[Any, Tensor] = {}  # statistics of the tokens so far, [B, n]
         self._number: Tensor | None = None
@@ -71,6 +73,23 @@ class Call:
         every = torch.isfinite(self.learn(None, torch.ones(self.shape, device=device)))
         self._number = every.cumsum(-1)[:, -self.shape[1] :] if self.shape[1] > 1 else every.sum(-1, keepdim=True)
 
+    def see(self, ids: set[int]) -> Any:
+        """A pre-hook of the whole model, whose token ids say which tokens stand for images."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = kwargs.get("input_ids", args[0] if args else None)
+            self.images = None
+            if isinstance(given, Tensor) and not given.is_floating_point():
+                self.images = torch.isin(given, torch.tensor(sorted(ids), device=given.device))
+
+        return hook
+
+    def of_images(self, value: Tensor) -> Tensor:
+        """[B, T] bool on the device of a value [B, T], tokens that stand for parts of images."""
+        if self.images is None or self.images.shape != value.shape:
+            return torch.zeros_like(value, dtype=torch.bool)
+        return self.images.to(value.device)
+
     def keep(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Post-hook: what was learned in this call stays with its cache."""
         cache = getattr(output, "past_key_values", None)
@@ -96,7 +115,14 @@ class Call:
         return every
 
     def select(
-        self, name: Any, value: Tensor, lasting: Tensor, share: float, causal: bool, keep: bool = True
+        self,
+        name: Any,
+        value: Tensor,
+        lasting: Tensor,
+        share: float,
+        causal: bool,
+        keep: bool = True,
+        among: Tensor | None = None,
     ) -> Tensor:
         """[B * T] bool, the tokens with the largest values.
 
@@ -110,19 +136,23 @@ class Call:
             share: in (0, 1).
             causal: compare with earlier tokens only.
             keep: see `top`.
+            among: [B, T] bool, tokens that take part; None for all.
         """
+        if among is not None:
+            value, lasting = value.masked_fill(~among, -torch.inf), lasting.masked_fill(~among, -torch.inf)
         if causal or self.past or value.shape[1] == 1:
-            return self.top_so_far(name, lasting, share, keep).flatten()
+            chosen = self.top_so_far(name, lasting, share, keep)
+            return (chosen if among is None else chosen & among).flatten()
         self.learn(name, lasting)
-        return self.top(value, share, keep).flatten()
+        return self.top(value, share, keep, among).flatten()
 
-    def top(self, value: Tensor, share: float, keep: bool = True) -> Tensor:
+    def top(self, value: Tensor, share: float, keep: bool = True, among: Tensor | None = None) -> Tensor:
         """Which tokens [B, T] bool have the largest values [B, T] of this call: a share of a sequence's n, rounded.
 
         With `keep` the number is rounded up, and a sequence's first token is one of them: all others attend to it, and it is
         among the largest so far when it is looked at. Else it is rounded down.
         """
-        valid = self.valid_at(value)
+        valid = self.valid_at(value) if among is None else self.valid_at(value) & among
         count = _rounded(valid.sum(-1, keepdim=True) * share, keep)
         ranks = value.masked_fill(~valid, -torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         chosen = ranks < count

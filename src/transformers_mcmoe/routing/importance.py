@@ -163,10 +163,12 @@ class TokenImportance:
         later = self._call.valid_at(self._norm).flip(-1).cumsum(-1).flip(-1).clamp(min=1)
         return self._norm * received / later, lasting
 
-    def select(self, share: float, least: bool = False) -> Tensor:
-        """[B * T] bool, the most (or least) important share of the tokens."""
+    def select(self, share: float, least: bool = False, images: bool | None = None) -> Tensor:
+        """[B * T] bool, the most (or least) important share of the tokens, of those of images or of text only if that is asked."""
         value, own = (-x if least else x for x in self.values())
-        return self._call.select((self._name, least), value, own, share, self._causal, keep=not least)
+        among = None if images is None else self._call.of_images(value) == images
+        name = (self._name, least) if images is None else (self._name, least, images)
+        return self._call.select(name, value, own, share, self._causal, keep=not least, among=among)
 
 
 @torch.no_grad()

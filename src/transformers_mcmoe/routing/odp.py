@@ -55,15 +55,16 @@ class ThresholdPruning(LayerPruning):
         chosen = self._below(index, weights) if self.odp.method == "odp" else self._compared(x, index, weights)
         if self.odp.drop_all:
             chosen |= self._tokens(self.odp.drop_all, index, least=True)[:, None]
-        if self.odp.protect:
-            chosen &= ~self._tokens(self.odp.protect, index)[:, None]
+        whole = self._protected(index)
+        if whole is not None:
+            chosen &= ~whole[:, None]
         return chosen & (index < self.counts.num_experts)
 
     def compiled(self, x: Tensor, index: Tensor) -> Callable[[cpu.Pruned], tuple[Tensor, Tensor]] | None:
         """See `LayerPruning`."""
         if self.odp.method != "odp" or self.odp.drop_all:
             return None
-        whole = self._tokens(self.odp.protect, index) if self.odp.protect else None
+        whole = self._protected(index)
         return lambda routing: routing.skip_below(self.levels, whole)
 
     def _below(self, index: Tensor, weights: Tensor) -> Tensor:
@@ -89,11 +90,21 @@ class ThresholdPruning(LayerPruning):
         reduced = self._call.select(self.name, statistic, statistic, share, self.odp.causal, keep=False)
         return reduced[:, None] & ~first
 
+    def _protected(self, index: Tensor) -> Tensor | None:
+        """[T] bool, tokens that keep all their experts; None for none."""
+        images = self.odp.protect_images
+        if images is None:
+            return self._tokens(self.odp.protect, index) if self.odp.protect else None
+        shares = ((False, self.odp.protect), (True, images))
+        chosen = [self._tokens(share, index, images=kind) for kind, share in shares if share]
+        return torch.stack(chosen).any(0) if chosen else None
+
     @torch.no_grad()
-    def _tokens(self, share: float, index: Tensor, least: bool = False) -> Tensor:
+    def _tokens(self, share: float | None, index: Tensor, least: bool = False, images: bool | None = None) -> Tensor:
         assert self._importance is not None
+        assert share is not None
         self._check(self._call.shape, index)
-        return self._importance.select(share, least)
+        return self._importance.select(share, least, images)
 
     def _check(self, shape: tuple[int, int] | None, index: Tensor) -> None:
         if shape is None or shape[0] * shape[1] != len(index):

@@ -146,7 +146,7 @@ class BlockRecorder:
             return hook
 
         with ExitStack() as stack:
-            stack.enter_context(self._tokens.observe(self._layer))
+            stack.enter_context(self._tokens.observe(self._layer, self._experts.module))
             stack.enter_context(self._block.register_forward_pre_hook(keep("block"), with_kwargs=True))
             stack.enter_context(self._router.module.register_forward_pre_hook(keep("router"), with_kwargs=True))
             stack.enter_context(self._experts.module.register_forward_pre_hook(reach))

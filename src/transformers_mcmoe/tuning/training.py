@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
+from transformers_mcmoe.calibration.sequences import Batch, Sequences
 from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.kernels import cpu
 from transformers_mcmoe.models.experts import forward_as
-from transformers_mcmoe.models.stream import model_inputs
+from transformers_mcmoe.models.stream import HiddenStates, model_inputs
 from transformers_mcmoe.models.training import divergence, frozen
 from transformers_mcmoe.nn import PackedExperts, PackedLinear
 from transformers_mcmoe.progress import Meter
@@ -48,13 +49,13 @@ class Teacher:
     """What the dense model returned.
 
     Attributes:
-        tokens: [N, T] int64.
-        hidden: [N, T, H] hidden states behind its last decoder layer.
+        tokens: the sequences.
+        hidden: hidden states behind its last decoder layer.
         layers: paths of the decoder layers.
     """
 
-    tokens: Tensor
-    hidden: Tensor
+    tokens: Sequences
+    hidden: HiddenStates
     layers: Sequence[str]
 
 
@@ -129,7 +130,7 @@ class Tuning:
             parameters = tuned.parameters()
             optimizer = torch.optim.Adam(parameters, lr=rate, betas=BETAS)
             order, shuffled = random.Random(seed), list[int]()
-            batch = sequences_per_step(self._teacher.tokens.shape[1])
+            batch = sequences_per_step(self._teacher.tokens.length)
             for n in range(steps):
                 while len(shuffled) < batch:
                     shuffled += order.sample(trained, len(trained))
@@ -165,10 +166,11 @@ class Tuning:
 
     def _loss(self, sequence: int) -> Tensor:
         """KL divergence on one sequence."""
-        tokens = self._teacher.tokens[sequence : sequence + 1].to(self._model.device)
-        student = self._logits(tokens)
-        with torch.no_grad(), self._returning(self._teacher.hidden[sequence : sequence + 1]):
-            teacher = self._logits(tokens)
+        one = slice(sequence, sequence + 1)
+        batch = self._teacher.tokens.batch(one).to(self._model.device)
+        student = self._logits(batch)
+        with torch.no_grad(), self._returning(self._teacher.hidden[one]):
+            teacher = self._logits(Batch(batch.ids, {}))
         return divergence(teacher, student)
 
     def _recomputed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -184,8 +186,8 @@ class Tuning:
 
         return run
 
-    def _logits(self, tokens: Tensor) -> Tensor:
-        return self._model(**model_inputs(self._model, tokens)).logits.to(torch.float32)
+    def _logits(self, batch: Batch) -> Tensor:
+        return self._model(**model_inputs(self._model, batch)).logits.to(torch.float32)
 
     @contextmanager
     def _returning(self, hidden: Tensor) -> Iterator[None]:

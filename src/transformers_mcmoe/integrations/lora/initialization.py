@@ -120,7 +120,7 @@ def initialize_lora(
         device = base.get_input_embeddings().weight.device
         runner = open_runner(
             meta, Checkpoint(files), structure.names, list(structure.experts), tokens, Path(folder),
-            dtype=dtype, device=device, batch=max(1, BATCH_TOKENS // tokens.shape[1]),
+            dtype=dtype, device=device, batch_tokens=BATCH_TOKENS,
         )  # fmt: skip
         if device.type == "cpu" and dtype.itemsize == 2:
             for experts in structure.experts.values():

@@ -15,19 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from transformers_mcmoe.calibration.sequences import Sequences
 from transformers_mcmoe.memory import large_blocks_apart, quick_collections
 from transformers_mcmoe.models.experts import stacks_of
 from transformers_mcmoe.models.names import CheckpointNames
 from transformers_mcmoe.models.stream.checkpoint import Checkpoint, Weights, checkpoint_files
 from transformers_mcmoe.models.stream.loaded import LoadedRunner
-from transformers_mcmoe.models.stream.runner import LayerRunner, model_inputs
+from transformers_mcmoe.models.stream.runner import HiddenStates, LayerRunner, model_inputs
 from transformers_mcmoe.models.stream.streamed import LayerStream, NotStreamable
 
 __all__ = [
     "Checkpoint",
+    "HiddenStates",
     "LayerRunner",
     "LayerStream",
     "LoadedRunner",
@@ -67,12 +68,12 @@ def open_runner(
     checkpoint: Checkpoint,
     names: CheckpointNames,
     expert_paths: Sequence[str],
-    tokens: Tensor,
+    tokens: Sequences,
     work_dir: Path,
     *,
     dtype: torch.dtype,
     device: torch.device,
-    batch: int,
+    batch_tokens: int,
     limit: int | None = None,
     judged: int = 0,
 ) -> LayerRunner:
@@ -83,11 +84,11 @@ def open_runner(
         checkpoint: its dense checkpoint.
         names: its conversion mapping.
         expert_paths: paths of the experts modules, which tell where the decoder layers are.
-        tokens: [N, T] int64 calibration tokens.
+        tokens: calibration sequences.
         work_dir: folder for the hidden states.
         dtype: floating dtype of weights and hidden states.
         device: where layers run.
-        batch: sequences per forward pass.
+        batch_tokens: of a forward pass, at most; a longer sequence is one by itself.
         limit: bytes that a model which cannot be streamed may take.
         judged: see `LayerRunner`; 0 for a model that cannot be streamed.
 
@@ -101,7 +102,7 @@ def open_runner(
     try:
         if len(stacks) > 1:
             raise NotStreamable(f"its experts lie in {len(stacks)} stacks of layers ({', '.join(stacks)})")
-        return LayerStream(weights, layers, tokens, work_dir, batch, judged)
+        return LayerStream(weights, layers, tokens, work_dir, batch_tokens, judged)
     except NotStreamable as error:
         size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
         if limit is not None and size > limit:
@@ -112,4 +113,4 @@ def open_runner(
         logger.warning(
             "%s cannot be streamed: %s. The whole dense model is loaded for calibration.", type(model).__name__, error
         )
-        return LoadedRunner(weights, layers, tokens, batch, str(error))
+        return LoadedRunner(weights, layers, tokens, batch_tokens, str(error))

@@ -139,9 +139,9 @@ class Weights:
                 self.model.get_submodule(owner)._parameters[name] = parameter
 
 
-def unload(module: nn.Module) -> None:
-    """Put every parameter and buffer of a module back on meta and give the memory back."""
-    for part in module.modules():
+def unload(module: nn.Module, inside: bool = True) -> None:
+    """Put every parameter and buffer of a module back on meta, those of modules inside it included, and give the memory back."""
+    for part in module.modules() if inside else [module]:
         for name, parameter in part._parameters.items():
             if parameter is not None:
                 part._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)

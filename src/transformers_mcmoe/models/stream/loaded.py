@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from transformers_mcmoe.calibration.sequences import Sequences
 from transformers_mcmoe.models.stream.checkpoint import Weights
-from transformers_mcmoe.models.stream.runner import LastLayer, LayerRunner, model_inputs, squared_norm
-from transformers_mcmoe.workdir import mapped_tensor
+from transformers_mcmoe.models.stream.runner import HiddenStates, LastLayer, LayerRunner, model_inputs, squared_norm
 
 
 class LoadedRunner(LayerRunner):
@@ -20,10 +20,10 @@ class LoadedRunner(LayerRunner):
 
     recomputes = True
 
-    def __init__(self, weights: Weights, layers: list[str], tokens: Tensor, batch: int, reason: str) -> None:
+    def __init__(self, weights: Weights, layers: list[str], tokens: Sequences, batch_tokens: int, reason: str) -> None:
         self.weights, self.layers, self.reason, self.sequences = weights, layers, reason, len(tokens)
-        self.tokens, self._batch = tokens, batch
-        self._batches = list(tokens.split(batch))
+        self.tokens, self._batch_tokens = tokens, batch_tokens
+        self._batches = tokens.splits(batch_tokens)
         weights.load(list(weights.slices), weights.model)
         weights.tie()
         weights.check_embeddings()
@@ -34,23 +34,22 @@ class LoadedRunner(LayerRunner):
 
     def restart(self, sequences: int | None = None) -> None:
         self.sequences = min(sequences or len(self.tokens), len(self.tokens))
-        self._batches = list(self.tokens[: self.sequences].split(self._batch))
+        self._batches = self.tokens[: self.sequences].splits(self._batch_tokens)
 
     @contextmanager
     def loaded(self, i: int) -> Iterator[nn.Module]:
         yield self.weights.model.get_submodule(self.layers[i])
 
-    def outputs(self, sequences: int, path: Path, done: Callable[[], None]) -> Tensor:
+    def outputs(self, sequences: int, path: Path, done: Callable[[], None]) -> HiddenStates:
         self.restart(sequences)
-        kept: Tensor | None = None
-        start = 0
+        kept: HiddenStates | None = None
+        left = iter(self._batches)
 
         def keep(states: Tensor) -> None:
-            nonlocal kept, start
+            nonlocal kept
             if kept is None:
-                kept = mapped_tensor(path, (self.sequences, *states.shape[1:]), states.dtype)
-            kept[start : start + len(states)] = states
-            start += len(states)
+                kept = HiddenStates(path, [len(ids) for ids in self.tokens.ids[: self.sequences]], states)
+            kept[next(left)] = states
 
         self._watch(len(self.layers) - 1, self._batches, keep)
         for _ in self.layers:
@@ -64,7 +63,7 @@ class LoadedRunner(LayerRunner):
     def advance(self, i: int) -> float:
         return self._replay(i, self._batches)
 
-    def _replay(self, i: int, batches: Sequence[Tensor]) -> float:
+    def _replay(self, i: int, batches: Sequence[slice]) -> float:
         squared = 0.0
 
         def add(states: Tensor) -> None:
@@ -74,7 +73,7 @@ class LoadedRunner(LayerRunner):
         self._watch(i, batches, add)
         return squared**0.5
 
-    def _watch(self, i: int, batches: Sequence[Tensor], seen: Callable[[Tensor], None]) -> None:
+    def _watch(self, i: int, batches: Sequence[slice], seen: Callable[[Tensor], None]) -> None:
         """Run batches up to layer i and hand on what it returns."""
 
         def stop(module: nn.Module, args: Any, output: Any) -> None:
@@ -83,9 +82,11 @@ class LoadedRunner(LayerRunner):
 
         handle = self.weights.model.get_submodule(self.layers[i]).register_forward_hook(stop)
         try:
-            for tokens in batches:
+            for part in batches:
+                batch = self.tokens.batch(part).to(self.weights.device)
+                self.images = None if batch.images is None else batch.images.flatten().cpu()
                 try:
-                    self.weights.model(**model_inputs(self.weights.model, tokens.to(self.weights.device)))
+                    self.weights.model(**model_inputs(self.weights.model, batch))
                 except LastLayer:
                     continue
         finally:

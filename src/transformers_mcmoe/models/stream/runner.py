@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transformers_mcmoe.calibration.sequences import Batch, Sequences
 from transformers_mcmoe.models.stream.checkpoint import Weights
+from transformers_mcmoe.workdir import mapped_tensor
 
 
 class LastLayer(Exception):
@@ -28,19 +31,21 @@ class LayerRunner(ABC):
         weights: the model and its checkpoint.
         layers: paths of the decoder layers, in the order of execution.
         sequences: calibration sequences that are run.
-        tokens: [N, T] all of them.
+        tokens: all of them.
         reason: why the whole model is held in memory, or None.
         recomputes: every run starts from the tokens, so that `advance` is not needed between layers.
         judged: leading sequences that `replay` passes over: what is fitted to the tokens is judged on these.
+        images: [tokens] bool of the batch that runs, or ran last, those that stand for parts of images; None for text.
     """
 
     weights: Weights
     layers: list[str]
     sequences: int
-    tokens: Tensor
+    tokens: Sequences
     reason: str | None = None
     recomputes = False
     judged = 0
+    images: Tensor | None = None
 
     @property
     @abstractmethod
@@ -52,8 +57,8 @@ class LayerRunner(ABC):
         """Begin again with the first layer's inputs: of the first `sequences`, default all."""
 
     @abstractmethod
-    def outputs(self, sequences: int, path: Path, done: Callable[[], None]) -> Tensor:
-        """Hidden states [n, T, H] behind the last layer, of the first sequences, in a file; `restart` comes next.
+    def outputs(self, sequences: int, path: Path, done: Callable[[], None]) -> HiddenStates:
+        """Hidden states behind the last layer, of the first sequences, in a file; `restart` comes next.
 
         `done` is called after every layer.
         """
@@ -90,11 +95,39 @@ class LayerRunner(ABC):
         raise NotImplementedError("The layers of this model do not run one by one.")
 
 
-def model_inputs(model: Any, tokens: Tensor) -> dict[str, Any]:
-    """Keyword arguments of a forward pass over tokens [N, T]."""
-    inputs = {"input_ids": tokens, "use_cache": False}
+class HiddenStates:
+    """The hidden states of sequences at one place of a model, in a memory-mapped file: they cost disk, not memory.
+
+    Args:
+        path: the file.
+        lengths: tokens of each sequence.
+        like: [.., T, H] hidden states that give the other sizes and the dtype.
+    """
+
+    def __init__(self, path: Path, lengths: Sequence[int], like: Tensor) -> None:
+        self._starts = [0, *itertools.accumulate(lengths)]
+        self._lengths = list(lengths)
+        self._data = mapped_tensor(path, (self._starts[-1], *like.shape[2:]), like.dtype)
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """[B, T, H] of sequences of one length."""
+        start, stop, _ = part.indices(len(self))
+        return self._data[self._starts[start] : self._starts[stop]].view(
+            stop - start, self._lengths[start], *self._data.shape[1:]
+        )
+
+    def __setitem__(self, part: slice, value: Tensor) -> None:
+        self[part].copy_(value)
+
+
+def model_inputs(model: Any, batch: Batch) -> dict[str, Any]:
+    """Keyword arguments of a forward pass over a batch, without a cache."""
+    inputs = {"input_ids": batch.ids, "use_cache": False, **batch.inputs}
     if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = tokens
+        inputs["decoder_input_ids"] = batch.ids
     return inputs
 
 

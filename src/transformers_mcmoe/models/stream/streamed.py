@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from transformers_mcmoe.calibration.sequences import Batch, Sequences
 from transformers_mcmoe.memory import return_free_memory
 from transformers_mcmoe.models.experts.base import forward_as
 from transformers_mcmoe.models.stream.checkpoint import Weights, unload
-from transformers_mcmoe.models.stream.runner import LastLayer, LayerRunner, model_inputs, squared_norm
-from transformers_mcmoe.workdir import mapped_tensor
+from transformers_mcmoe.models.stream.runner import HiddenStates, LastLayer, LayerRunner, model_inputs, squared_norm
+from transformers_mcmoe.models.stream.spill import Spill, on_device
 
 # tokens whose logits are held at once
 HEAD = 128
@@ -24,19 +25,6 @@ HEAD = 128
 
 class NotStreamable(Exception):
     """A model's layers cannot be run one by one; the message says why."""
-
-
-class HiddenStates:
-    """The hidden states between two layers, [N, T, H], in a memory-mapped file: they cost disk, not memory."""
-
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self._data = mapped_tensor(path, shape, dtype)
-
-    def __getitem__(self, batch: slice) -> Tensor:
-        return self._data[batch]
-
-    def __setitem__(self, batch: slice, value: Tensor) -> None:
-        self._data[batch] = value
 
 
 class LayerStream(LayerRunner):
@@ -47,29 +35,35 @@ class LayerStream(LayerRunner):
     """
 
     def __init__(
-        self, weights: Weights, layers: list[str], tokens: Tensor, work_dir: Path, batch: int, judged: int = 0
+        self,
+        weights: Weights,
+        layers: list[str],
+        tokens: Sequences,
+        work_dir: Path,
+        batch_tokens: int,
+        judged: int = 0,
     ) -> None:
         self.weights, self.layers, self.sequences = weights, layers, len(tokens)
         self._modules = [weights.model.get_submodule(path) for path in layers]
         self._keys = self._group_keys()
-        self._batch, self.judged = batch, judged
+        self._batch_tokens, self.judged = batch_tokens, judged
+        self.tokens, self._folder = tokens, work_dir
         self._batches = self._split(len(tokens))
-        self.tokens, self._path = tokens, work_dir / "hidden_states.bin"
         self._record()
 
     def _split(self, sequences: int) -> list[slice]:
         """Batches of the first sequences; judged ones are in batches of their own."""
         parts = [(0, min(self.judged, sequences)), (self.judged, sequences)]
         return [
-            slice(start, min(start + self._batch, stop))
+            slice(first + own.start, first + own.stop)
             for first, stop in parts
-            for start in range(first, stop, self._batch)
+            for own in self.tokens[first:stop].splits(self._batch_tokens)
         ]
 
     @property
     def _skipped(self) -> int:
         """Batches of judged sequences."""
-        return -(-min(self.judged, self.sequences) // self._batch)
+        return len(self.tokens[: min(self.judged, self.sequences)].splits(self._batch_tokens))
 
     def _group_keys(self) -> dict[int, list[str]]:
         """Checkpoint keys by layer, -1 for those outside the layers; the output head is not needed and left out."""
@@ -92,60 +86,105 @@ class LayerStream(LayerRunner):
         self.weights.check_embeddings()
         self._returns_tuple = self._probe()
         self._hidden: Any = None  # `HiddenStates`, once it is known what they look like
+        self._embedded: HiddenStates | None = None  # those that enter the first layer, where making them took images
         self._embed()
+        if not self.tokens.are_text:
+            self._unload_towers()
 
     def _embed(self) -> None:
-        """The embedded tokens of all batches, and the layers' other arguments, which may have the batch's size."""
+        """The embedded tokens of all batches, and what else the layers are given, which may have the batch's size.
+
+        Images are looked at once: what becomes of them is kept on disk.
+        """
+        if self._embedded is not None:
+            for part in self._batches:
+                self._hidden[part] = self._embedded[part]
+            return
+        spill = None if self.tokens.are_text else Spill(self._folder / "arguments.bin")
         self._arguments: list[list[tuple[tuple, dict]]] = []
-        for batch in self._batches:
-            hidden, arguments = self._stub_pass(self.tokens[batch], 0.0)
+        self._added: list[dict[int, tuple[Tensor, Tensor]]] = []
+        for part in self._batches:
+            hidden, arguments, added = self._stub_pass(self.tokens.batch(part), 0.0)
             if self._hidden is None:
-                shape = (len(self.tokens), *hidden.shape[1:])
-                self._hidden = HiddenStates(self._path, shape, hidden.dtype)
-            if self._arguments:
+                self._hidden = HiddenStates(self._folder / "hidden_states.bin", self._lengths, hidden)
+            if spill is not None:
+                if self._embedded is None:
+                    self._embedded = HiddenStates(self._folder / "embedded.bin", self._lengths, hidden)
+                self._embedded[part] = hidden
+                arguments = spill.kept(arguments)
+                added = {i: spill.kept(own) for i, own in added.items()}
+            elif self._arguments:
                 arguments = [_share(a, b) for a, b in zip(arguments, self._arguments[0], strict=True)]
-            self._hidden[batch] = hidden
+            self._hidden[part] = hidden
             self._arguments.append(arguments)
+            self._added.append(added)
+
+    @property
+    def _lengths(self) -> list[int]:
+        return [len(ids) for ids in self.tokens.ids]
+
+    def _unload_towers(self) -> None:
+        """Free what only images went through: all that is neither beside the decoder layers nor embeddings or head."""
+        model = self.weights.model
+        text = self.layers[0].rpartition(".")[0].rpartition(".")[0]
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+        for path, module in list(model.named_modules()):
+            around = f"{text}.".startswith(f"{path}.") or path.startswith(f"{text}.") or not (path and text)
+            if not around and not any(module is end for end in ends) and module._parameters:
+                unload(module, inside=False)
 
     def _probe(self) -> bool:
         """Whether layers return tuples; raises if what a layer gets depends on what an earlier layer computed."""
-        tokens = self.tokens[self._batches[0]]
+        first = next((n for n, part in enumerate(self._batches) if self.tokens.batch(part).inputs), 0)
+        batch = self.tokens.batch(self._batches[first])
         reasons: list[NotStreamable] = []
         for self._returns_tuple in (False, True):
             try:
-                _, plain = self._stub_pass(tokens, 0.0)
-                _, shifted = self._stub_pass(tokens, 1.0)
+                _, plain, added = self._stub_pass(batch, 0.0)
+                _, shifted, changed = self._stub_pass(batch, 1.0)
             except NotStreamable as error:
                 reasons.append(error)
                 continue
             if not _same(plain, shifted):
                 raise NotStreamable("a decoder layer gets arguments that earlier layers computed")
+            if added.keys() != changed.keys() or not all(_close(added[i], changed[i]) for i in added):
+                raise NotStreamable("the model changes hidden states between its decoder layers")
             return self._returns_tuple
         # a crash says only that layers do not return what the stubs returned
         raise next((reason for reason in reasons if reason.__cause__ is None), reasons[0])
 
-    def _stub_pass(self, tokens: Tensor, shift: float) -> tuple[Tensor, list[tuple[tuple, dict]]]:
-        """Input of layer 0 and the other arguments of every layer; stubs return their input plus `shift`."""
+    def _stub_pass(
+        self, batch: Batch, value: float
+    ) -> tuple[Tensor, list[tuple[tuple, dict]], dict[int, tuple[Tensor, Tensor]]]:
+        """Input of layer 0, the other arguments of every layer, and what is added before it to what the layer before returned.
+
+        Stubs return `value` everywhere. What is added (features of images, in some models) is by layer, as rows of the
+        batch's tokens [n] and their values [n, H].
+        """
         given: list[tuple[tuple, dict]] = []
         first: list[Tensor] = []
-        last: list[Tensor] = []
+        added: dict[int, tuple[Tensor, Tensor]] = {}
 
         def stub(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if last and hidden_states is not last[-1]:
-                raise NotStreamable("the model changes hidden states between its decoder layers")
-            first.append(hidden_states)
+            if given:
+                change = (hidden_states - value).flatten(0, 1)
+                rows = change.flatten(1).any(-1).nonzero().flatten()
+                if len(rows):
+                    added[len(given)] = rows, change[rows]
+            else:
+                first.append(hidden_states)
             given.append((args, kwargs))
             if len(given) == len(self.layers):
                 raise LastLayer
-            last.append(hidden_states + shift)
-            return (last[-1],) if self._returns_tuple else last[-1]
+            returned = torch.full_like(hidden_states, value)
+            return (returned,) if self._returns_tuple else returned
 
         for module in self._modules:
             module.forward = stub  # type: ignore[method-assign]
         try:
-            self.weights.model(**model_inputs(self.weights.model, tokens.to(self.weights.device)))
+            self.weights.model(**model_inputs(self.weights.model, batch.to(self.weights.device)))
         except LastLayer:
-            return first[0], given
+            return first[0], given, added
         except NotStreamable:
             raise
         except Exception as error:
@@ -181,10 +220,18 @@ class LayerStream(LayerRunner):
             unload(module)
 
     def _run(self, i: int, index: int) -> Tensor:
+        batch = self._batches[index]
+        self.images = None if self.tokens.are_text else self.tokens.images(batch.start)
         return self._call(i, index, self._hidden[self._batches[index]].to(self.weights.device))
 
     def _call(self, i: int, index: int, hidden: Tensor) -> Tensor:
         args, kwargs = self._arguments[index][i]
+        if not self.tokens.are_text:
+            args, kwargs = on_device((args, kwargs), self.weights.device)
+        if i in self._added[index]:
+            rows, values = (x.to(hidden.device) for x in self._added[index][i])
+            hidden = hidden.clone()
+            hidden.flatten(0, 1)[rows] += values
         output = self._modules[i](hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
@@ -206,7 +253,7 @@ class LayerStream(LayerRunner):
         total, count = 0.0, 0
         with self._with_head():
             for batch, mine, theirs in zip(self._batches, states, dense, strict=False):
-                for row, own, other in zip(self.tokens[batch], mine, theirs, strict=True):
+                for row, own, other in zip(self.tokens.ids[batch], mine, theirs, strict=True):
                     count += len(row)
                     for part in zip(row.split(HEAD), own.split(HEAD), other.split(HEAD), strict=True):
                         tokens, *states_of = (x[None] for x in part)
@@ -217,7 +264,7 @@ class LayerStream(LayerRunner):
     def _loss(self, states: Sequence[Tensor]) -> float:
         total, count = 0.0, 0
         for batch, hidden in zip(self._batches, states, strict=False):
-            for row, own in zip(self.tokens[batch], hidden, strict=True):
+            for row, own in zip(self.tokens.ids[batch], hidden, strict=True):
                 count += len(row) - 1
                 for tokens, wanted, part in zip(
                     row[:-1].split(HEAD), row[1:].split(HEAD), own[:-1].split(HEAD), strict=True
@@ -236,7 +283,8 @@ class LayerStream(LayerRunner):
         with ExitStack() as stack:
             for module in self._modules:
                 stack.enter_context(forward_as(module, stub))
-            return self.weights.model(**model_inputs(self.weights.model, tokens.to(self.weights.device))).logits
+            batch = Batch(tokens.to(self.weights.device), {})  # images were looked at before the layers
+            return self.weights.model(**model_inputs(self.weights.model, batch)).logits
 
     @contextmanager
     def _with_head(self) -> Iterator[None]:
@@ -251,15 +299,15 @@ class LayerStream(LayerRunner):
             if owned:
                 unload(head)
 
-    def outputs(self, sequences: int, path: Path, done: Callable[[], None]) -> Tensor:
+    def outputs(self, sequences: int, path: Path, done: Callable[[], None]) -> HiddenStates:
         self.restart(sequences)
         for i in range(len(self.layers)):
             with self.loaded(i):
                 self.advance(i)
             done()
-        states = self._hidden[slice(0, self.sequences)]
-        kept = mapped_tensor(path, states.shape, states.dtype)
-        kept.copy_(states)
+        kept = HiddenStates(path, self._lengths[: self.sequences], self._hidden[self._batches[0]])
+        for part in self._batches:
+            kept[part] = self._hidden[part]
         return kept
 
     def replay(self, i: int, batches: int | None = None) -> None:
@@ -293,6 +341,14 @@ def _map(function: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
     if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
         return tuple(_map(function, x, y) for x, y in zip(a, b, strict=True))
     return function(a, b)
+
+
+def _close(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
+    """Whether rows are the same, and values as near as sums with numbers around 1 can be."""
+    if not torch.equal(a[0], b[0]):
+        return False
+    bound = 4 * torch.finfo(a[1].dtype).eps * (1 + float(a[1].abs().max()))
+    return float((a[1] - b[1]).abs().max()) <= bound
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transformers_mcmoe.calibration.sequences import Batch
 from transformers_mcmoe.config import OTPConfig
 from transformers_mcmoe.models.experts import FusedExperts, layer_of
+from transformers_mcmoe.models.stream import model_inputs
 from transformers_mcmoe.progress import Meter
 from transformers_mcmoe.routing import routing_arguments, sort_slots
 from transformers_mcmoe.routing.ratios import SAME_SUM
@@ -64,8 +66,8 @@ class CostMeter:
         self._model, self._found, self._otp = model, found, otp
         self._generator, self._meter = generator, meter
 
-    def measure(self, batches: list[Tensor], stage: str) -> dict[str, Trace]:
-        """Traces by experts path, of batches of token ids [B, T]."""
+    def measure(self, batches: list[Batch], stage: str) -> dict[str, Trace]:
+        """Traces by experts path."""
         traces = {path: Trace() for path in self._found}
         self._meter.start(stage, len(batches), "batch")
         for batch in batches:
@@ -76,7 +78,7 @@ class CostMeter:
             self._meter.layer_done()
         return traces
 
-    def _by_output(self, batch: Tensor, traces: Mapping[str, Trace]) -> None:
+    def _by_output(self, batch: Batch, traces: Mapping[str, Trace]) -> None:
         """Half the square of the change's product with the gradient of the log-likelihood of labels drawn by the model.
 
         Its mean over such labels is the second-order KL divergence from the unpruned model, over all later tokens.
@@ -89,12 +91,12 @@ class CostMeter:
             begin = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
             stack.callback(begin.remove)
             with torch.enable_grad():
-                logits = self._model(input_ids=batch, use_cache=False).logits.flatten(0, -2).to(torch.float32)
+                logits = self._model(**model_inputs(self._model, batch)).logits.flatten(0, -2).to(torch.float32)
                 chances = logits.detach().softmax(-1).to("cpu")
                 labels = torch.multinomial(chances, 1, generator=self._generator).to(logits.device)
                 logits.log_softmax(-1).gather(-1, labels).sum().backward()
 
-    def _by_size(self, batch: Tensor, traces: Mapping[str, Trace]) -> None:
+    def _by_size(self, batch: Batch, traces: Mapping[str, Trace]) -> None:
         """The square of the change over the norm of the token's hidden state and that of the median token's."""
         with ExitStack() as stack, torch.no_grad():
             for path in self._found:
@@ -102,7 +104,7 @@ class CostMeter:
                 layer = self._model.get_submodule(".".join(map(str, layer_of(path))))
                 stack.callback(layer.register_forward_pre_hook(_keep_norms(norms), with_kwargs=True).remove)
                 stack.enter_context(self._watched(path, traces[path], norms))
-            self._model(input_ids=batch, use_cache=False)
+            self._model(**model_inputs(self._model, batch))
 
     @contextmanager
     def _watched(self, path: str, trace: Trace, norms: list[Tensor] | None) -> Iterator[None]:

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transformers_mcmoe.calibration.sequences import Batch
 from transformers_mcmoe.models.experts import FusedExperts
+from transformers_mcmoe.models.stream import model_inputs
 from transformers_mcmoe.routing import dropping_points, prefix_scores, reroute, reweighted, sampled_mask, sort_slots
 from transformers_mcmoe.routing.otp.fitting import Matrices
 
@@ -38,19 +40,19 @@ class Routed:
 
     def logits(
         self,
-        batch: Tensor,
+        batch: Batch,
         matrices: Mapping[str, Matrices],
         shift: float,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Logits [B, T, V] float32 of token ids [B, T]; prefixes are sampled if a generator is given, else the likeliest."""
+        """Logits [B, T, V] float32 of a batch; prefixes are sampled if a generator is given, else the likeliest."""
         self.points, self.kept = [], []
         with ExitStack() as stack:
             for path, experts in self._found.items():
                 rule = self._rule(path, experts, matrices[path], shift, temperature, generator)
                 stack.callback(reroute(self._model.get_submodule(path), experts, rule).remove)
-            return self._model(input_ids=batch, use_cache=False).logits.to(torch.float32)
+            return self._model(**model_inputs(self._model, batch)).logits.to(torch.float32)
 
     def _rule(
         self,

@@ -18,8 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transformers_mcmoe.calibration.sequences import Batch
+from transformers_mcmoe.calibration.sequences import Sequences as Calibration
 from transformers_mcmoe.config import OTPConfig
 from transformers_mcmoe.models.experts import FusedExperts
+from transformers_mcmoe.models.stream import model_inputs
 from transformers_mcmoe.models.training import divergence, frozen
 from transformers_mcmoe.progress import Meter
 from transformers_mcmoe.routing import PrefixRouter, check_top_k, set_router
@@ -51,8 +54,8 @@ class RouterTraining:
         self._model, self._found, self._otp, self._meter = model, found, otp, meter
         self._random = torch.Generator().manual_seed(otp.seed)
 
-    def run(self, tokens: Tensor) -> OTPConfig:
-        """Train on calibration tokens [N, T], give every experts module its router, and return the options completed.
+    def run(self, tokens: Calibration) -> OTPConfig:
+        """Train on calibration sequences, give every experts module its router, and return the options completed.
 
         Raises:
             ValueError: there is one sequence only; tokens have one expert each; or more is asked for than can be skipped.
@@ -62,10 +65,9 @@ class RouterTraining:
                 f"{type(self._model).__name__} has no output head, which objective='logits' needs; load the model with it, or "
                 "use OTPConfig(objective='layers')."
             )
-        tokens = tokens[: max(2, self._otp.tokens // tokens.shape[1])]
+        tokens = tokens[: max(2, self._otp.tokens // tokens.length)]
         if len(tokens) < 2:
             raise ValueError("otp needs two calibration sequences or more, one of them to stop its training by.")
-        tokens = tokens.to(self._model.get_input_embeddings().weight.device)
         held_out = max(1, round(HELD_OUT * len(tokens)))
         fitted, kept = self._batches(tokens[:-held_out]), self._batches(tokens[-held_out:])
         meter = CostMeter(self._model, self._found, self._otp, self._random, self._meter)
@@ -87,8 +89,9 @@ class RouterTraining:
             set_router(self._model.get_submodule(path), router)
         return otp
 
-    def _batches(self, tokens: Tensor) -> list[Tensor]:
-        return list(tokens.split(max(1, self._otp.batch_tokens // tokens.shape[1])))
+    def _batches(self, tokens: Calibration) -> list[Batch]:
+        device = self._model.get_input_embeddings().weight.device
+        return [batch.to(device) for batch in tokens.batches(self._otp.batch_tokens)]
 
     def _described(self, traces: Mapping[str, Trace]) -> OTPConfig:
         """The options with what the routing itself tells."""
@@ -102,7 +105,7 @@ class RouterTraining:
         )
 
     def _shifted(
-        self, otp: OTPConfig, routed: Routed, matrices: Mapping[str, Matrices], batches: Sequence[Tensor]
+        self, otp: OTPConfig, routed: Routed, matrices: Mapping[str, Matrices], batches: Sequence[Batch]
     ) -> OTPConfig:
         """The options with shifts by which the wanted share is skipped while layers before are pruned, too."""
         few = batches[: max(1, SETTLING_TOKENS // batches[0].numel())]
@@ -114,7 +117,7 @@ class RouterTraining:
         return otp
 
     def _points(
-        self, routed: Routed, matrices: Mapping[str, Matrices], batches: Sequence[Tensor], shift: float
+        self, routed: Routed, matrices: Mapping[str, Matrices], batches: Sequence[Batch], shift: float
     ) -> list[Tensor]:
         """Where the slots of some batches are dropped, a tensor per layer and batch, under pruning by a shift."""
         found: list[Tensor] = []
@@ -129,8 +132,8 @@ class RouterTraining:
         otp: OTPConfig,
         routed: Routed,
         start: Mapping[str, Matrices],
-        fitted: Sequence[Tensor],
-        kept: Sequence[Tensor],
+        fitted: Sequence[Batch],
+        kept: Sequence[Batch],
     ) -> dict[str, Matrices]:
         """Routers trained together on the model's output, from those given; the best on held-out sequences."""
         assert otp.steps is not None
@@ -144,7 +147,7 @@ class RouterTraining:
             batch = fitted[int(torch.randint(len(fitted), (1,), generator=self._random))]
             temperature = first * (last / first) ** (step / max(1, otp.steps - 1))
             with torch.no_grad():
-                teacher = self._model(input_ids=batch, use_cache=False).logits.to(torch.float32)
+                teacher = self._model(**model_inputs(self._model, batch)).logits.to(torch.float32)
             optimizer.zero_grad()
             with torch.enable_grad():
                 student = routed.logits(batch, matrices, otp.shift, temperature, self._random)  # type: ignore[arg-type]
@@ -166,12 +169,12 @@ class RouterTraining:
 
     @torch.no_grad()
     def _held_out(
-        self, routed: Routed, matrices: Mapping[str, Matrices], batches: Sequence[Tensor], otp: OTPConfig
+        self, routed: Routed, matrices: Mapping[str, Matrices], batches: Sequence[Batch], otp: OTPConfig
     ) -> float:
         """Mean KL divergence on batches of which the wanted share of slots is skipped."""
         total, shift = 0.0, shift_for(self._points(routed, matrices, batches, otp.shift), otp.share)
         for batch in batches:
-            teacher = self._model(input_ids=batch, use_cache=False).logits.to(torch.float32)
+            teacher = self._model(**model_inputs(self._model, batch)).logits.to(torch.float32)
             total += float(divergence(teacher, routed.logits(batch, matrices, shift)))
         return total / len(batches)
 

@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vision-language models: calibration with images, compression, saving and loading; samples of every kind and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import compressed as compressed_text
+from tiny import families, quick_config, relative_rms, save_dense, tokens
+from tiny_vlm import IMAGE, VLMS, Processor, picture, samples, save_vlm, vlm
+from transformers import AutoModelForImageTextToText
+
+from transformers_mcmoe import MCMoEConfig, ODPConfig, compression_report, expert_pruning_stats, set_expert_pruning
+from transformers_mcmoe.calibration.images import calibration_sequences
+from transformers_mcmoe.models import stream
+from transformers_mcmoe.models.names import CheckpointNames
+from transformers_mcmoe.models.stream import Checkpoint, LayerStream, computing, open_runner
+from transformers_mcmoe.models.structure import Structure
+from transformers_mcmoe.routing import attached
+
+FAMILIES = families(VLMS, ["qwen3_vl_moe", "glm4v_moe", "ernie4_5_vl_moe", "aria"])
+
+
+def sequences(family: str, count: int = 4) -> Any:
+    return calibration_sequences(
+        vlm(family), samples(count), None, processor=Processor(family), num_samples=count, seq_len=64, seed=0
+    )
+
+
+def image_config(family: str, **changes: Any) -> MCMoEConfig:
+    given = {"dataset": samples(8), "processor": Processor(family), "num_samples": 8, "seq_len": 64}
+    return quick_config(**given | changes)
+
+
+def compressed(folder: Path, config: MCMoEConfig) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_equals_full_forward(family: str, tmp_path: Path):
+    """Every layer's output of every sequence, with images, as in a pass of the whole model; also after a restart."""
+    folder, model = save_vlm(family, tmp_path / "dense"), vlm(family)
+    given = sequences(family)
+    with torch.device("meta"):
+        meta = type(model)._from_config(model.config, dtype=torch.float32)
+    work = tmp_path / "work"
+    work.mkdir()
+    structure = Structure(meta)
+    names = CheckpointNames(meta)
+    with computing():
+        runner = open_runner(
+            meta, Checkpoint(sorted(folder.glob("*.safetensors"))), names, list(structure.experts), given, work,
+            dtype=torch.float32, device=torch.device("cpu"), batch_tokens=64,
+        )  # fmt: skip
+        assert isinstance(runner, LayerStream), runner.reason
+        expected: dict[str, list[torch.Tensor]] = {path: [] for path in runner.layers}
+        for path in runner.layers:
+            model.get_submodule(path).register_forward_hook(
+                lambda m, a, out, path=path: expected[path].append(out[0] if isinstance(out, tuple) else out)
+            )
+        for batch in given.batches(1):
+            model(input_ids=batch.ids, use_cache=False, **batch.inputs)
+        for again in (False, True):
+            for i, path in enumerate(runner.layers):
+                with runner.loaded(i):
+                    runner.advance(i)
+                for n, full in enumerate(expected[path]):
+                    torch.testing.assert_close(runner._hidden[slice(n, n + 1)], full, rtol=1e-5, atol=1e-5)
+            if not again:
+                runner.restart()
+        tower = next(p for name, p in meta.named_parameters() if "vision" in name or "visual" in name)
+        assert tower.is_meta  # images are looked at once
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compress_save_reload_generate(family: str, tmp_path: Path):
+    folder = save_vlm(family, tmp_path / "dense")
+    model = compressed(folder, image_config(family))
+    report = compression_report(model)
+    assert report["image_tokens"] == 8 * (18 if family == "ernie4_5_vl_moe" else 16)
+    one = sequences(family, 1).batch(slice(0, 1))
+    with torch.no_grad():
+        logits = model(input_ids=one.ids, **one.inputs).logits
+        dense = vlm(family)(input_ids=one.ids, **one.inputs).logits
+    assert 0 < relative_rms(logits, dense) < 1
+    model.save_pretrained(tmp_path / "packed")
+    again, info = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "packed", dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=one.ids, **one.inputs).logits, logits)
+    made = again.generate(input_ids=one.ids, **one.inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert made.shape == (1, one.ids.shape[1] + 4)
+    # all that is not quantized is as it was, byte for byte
+    before, after = tensors(folder), tensors(tmp_path / "packed")
+    untouched = [name for name in before if "vis" in name or "projector" in name]
+    assert untouched
+    assert all(torch.equal(before[name], after[name]) for name in untouched)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as handle:
+            found |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    return found
+
+
+def test_tokens_of_images_are_counted_apart(tmp_path: Path):
+    """Experts of images see image tokens only, experts of text the others; and both count in a shared module."""
+    report = compression_report(
+        compressed(save_vlm("ernie4_5_vl_moe", tmp_path / "a"), image_config("ernie4_5_vl_moe"))
+    )
+    for path, coverage in report["coverage"].items():
+        expected = coverage["tokens"] if "vision" in path else [0] * 8
+        assert coverage["image_tokens"] == expected
+    report = compression_report(compressed(save_vlm("aria", tmp_path / "b"), image_config("aria")))
+    for coverage in report["coverage"].values():
+        assert sum(coverage["image_tokens"]) == 8 * 16 * 2  # two slots a token
+        assert sum(coverage["tokens"]) > sum(coverage["image_tokens"])
+
+
+def test_image_weight(tmp_path: Path):
+    """Errors of an expert that only images reach grow with the weight, those of one that only text reaches do not."""
+    folder = save_vlm("ernie4_5_vl_moe", tmp_path)
+    one, four = (
+        compression_report(compressed(folder, image_config("ernie4_5_vl_moe", image_weight=weight)))["errors"]
+        for weight in (1.0, 4.0)
+    )
+    for path in one:
+        factor = 2 if "vision" in path else 1
+        expected = [factor * error for error in one[path]["2"]]
+        assert four[path]["2"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_streamed_equals_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A model that is loaded whole is calibrated on the same images."""
+    folder = save_vlm("qwen3_vl_moe", tmp_path / "dense")
+    plans = [compressed(folder, image_config("qwen3_vl_moe")).hf_quantizer.quantization_config.plan]
+
+    def refuse(*args: Any) -> None:
+        raise stream.NotStreamable("a test")
+
+    monkeypatch.setattr(stream, "LayerStream", refuse)
+    model = compressed(folder, image_config("qwen3_vl_moe"))
+    plans.append(model.hf_quantizer.quantization_config.plan)
+    assert plans[0] == plans[1]
+    assert compression_report(model)["image_tokens"] == 8 * 16
+
+
+def test_tuning_and_learned_pruning_use_images(tmp_path: Path):
+    folder = save_vlm("aria", tmp_path / "dense")
+    config = image_config("aria", tuning_steps=2, otp={"target": 0.2, "objective": "layers"})
+    model = compressed(folder, config)
+    assert compression_report(model)["tuning"]["steps"] == 2
+    one = sequences("aria", 1).batch(slice(0, 1))
+    with torch.no_grad():
+        model(input_ids=one.ids, **one.inputs)
+    assert 0 < expert_pruning_stats(model)["prefill"]["slots_skipped"] < 0.5
+
+
+def watched(protected: Any, found: list[torch.Tensor]) -> Any:
+    def run(index: torch.Tensor) -> torch.Tensor:
+        found.append(protected(index))
+        return found[-1]
+
+    return run
+
+
+def test_tokens_of_images_are_protected_apart(tmp_path: Path):
+    model = AutoModelForImageTextToText.from_pretrained(save_vlm("aria", tmp_path), dtype=torch.float32).eval()
+    given = sequences("aria")
+    for protect, images in ((0.25, 0.5), (0.0, 0.5), (0.25, 0.0)):
+        odp = ODPConfig(threshold=1.0, protect=protect, protect_images=images)
+        set_expert_pruning(model, odp, dataset=given)
+        found: list[torch.Tensor] = []
+        for layer in attached(model).layers.values():
+            layer._protected = watched(layer._protected, found)
+        one = given.batch(slice(0, 1))
+        with torch.no_grad():
+            model(input_ids=one.ids, **one.inputs)
+        seen = one.images.flatten()
+        for whole in found:
+            assert (
+                int(whole[seen].sum()) in (round(images * 16), round(images * 16) + 1)
+                if images
+                else not whole[seen].any()
+            )
+            text = int((~seen).sum())
+            assert int(whole[~seen].sum()) >= int(protect * text) if protect else not whole[~seen].any()
+            assert int(whole[~seen].sum()) <= int(protect * text) + 2
+
+
+class TestData:
+    def rows(self, folder: Path, count: int = 4) -> list[dict[str, Any]]:
+        folder.mkdir(exist_ok=True)
+        for n in range(count):
+            picture(n).save(folder / f"{n}.png")
+        return [{"file_name": f"{n}.png", "text": f"5 6 {7 + n}"} for n in range(count)]
+
+    def read(self, dataset: Any, count: int = 4, **options: Any) -> Any:
+        given = {"processor": Processor("aria"), "num_samples": count, "seq_len": 64, "seed": 0} | options
+        return calibration_sequences(vlm("aria"), dataset, None, **given)
+
+    def test_every_kind(self, tmp_path: Path):
+        """A list of rows, of chat messages, a folder, its file, and rows of other data sets' shapes give the same."""
+        rows = self.rows(tmp_path / "data")
+        lines = "\n".join(map(json.dumps, rows))
+        (tmp_path / "data" / "metadata.jsonl").write_text(lines)
+        paths = [tmp_path / "data" / row["file_name"] for row in rows]
+        messages = [
+            [{"role": "user", "content": [{"type": "image", "path": str(p)}, {"type": "text", "text": r["text"]}]}]
+            for p, r in zip(paths, rows, strict=True)
+        ]
+        turns = [{"from": "human", "value": "<image>\n5 6"}, {"from": "gpt", "value": ""}]
+        kinds = [
+            [{"image": str(p), "text": r["text"]} for p, r in zip(paths, rows, strict=True)],
+            [{"images": [str(p)], "text": r["text"]} for p, r in zip(paths, rows, strict=True)],
+            messages,
+            [{"messages": own} for own in messages],
+            tmp_path / "data",
+            str(tmp_path / "data" / "metadata.jsonl"),
+            [
+                {"image": str(p), "conversations": [turns[0] | {"value": f"<image>\n{r['text']}"}, turns[1]]}
+                for p, r in zip(paths, rows, strict=True)
+            ],
+            [{"images": [str(p)], "texts": [{"user": r["text"]}]} for p, r in zip(paths, rows, strict=True)],
+        ]
+        expected = self.read(kinds[0])
+        for kind in kinds:
+            found = self.read(kind)
+            assert found.fingerprint() == expected.fingerprint()
+            assert found.image_tokens() == 4 * 16
+
+    def test_mixed_with_text(self, tmp_path: Path):
+        self.rows(tmp_path / "data")
+        lines = "\n".join(json.dumps(row) for row in self.rows(tmp_path / "data"))
+        (tmp_path / "data" / "metadata.jsonl").write_text(lines)
+
+        class Words:
+            eos_token_id = None
+
+            def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+                return {"input_ids": [int(word) for word in text.split()]}
+
+        text = tmp_path / "text.txt"
+        text.write_text(" ".join(["7"] * 600))
+        found = calibration_sequences(
+            vlm("aria"),
+            {str(tmp_path / "data"): 1, str(text): 1},
+            Words(),
+            processor=Processor("aria"),
+            num_samples=8,
+            seq_len=64,
+            seed=0,
+        )
+        assert len(found) == 8
+        assert found.image_tokens() == 4 * 16
+        assert sorted({bool(found.images(n).any()) for n in range(2)}) == [False, True]
+
+    def test_long_samples_are_passed_over(self):
+        rows = samples(4)
+        rows[1] = {"image": picture(1), "text": " ".join(["5"] * 100)}
+        assert len(self.read(rows, 3)) == 3
+        with pytest.raises(
+            ValueError, match=r"gives 3 samples of up to seq_len=64 tokens \(of 4; the longest has 118\)"
+        ):
+            self.read(rows, 4)
+
+    def test_inputs_are_made_again(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("transformers_mcmoe.calibration.sequences.KEPT", 0)
+        found = self.read(samples(2), 2)
+        first, again = (found.batch(slice(1, 2)).inputs["pixel_values"] for _ in range(2))
+        assert first is not again
+        assert torch.equal(first, again)
+
+    def test_text_for_a_model_that_sees(self, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+        with caplog.at_level(logging.WARNING):
+            assert self.read(tokens(4, 16)).image_tokens() == 0
+        assert "sees images, but the calibration data are text" in caplog.text
+        with pytest.raises(ValueError, match=r"vision_moe.*none of them was of an image: give samples with images"):
+            compressed(save_vlm("ernie4_5_vl_moe", tmp_path), quick_config())
+
+    def test_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        rows = self.rows(tmp_path / "data")
+        file = tmp_path / "data" / "metadata.jsonl"
+        (tmp_path / "data" / "2.png").write_bytes(b"no image")
+        file.write_text("\n".join(map(json.dumps, rows)))
+        with pytest.raises(ValueError, match=r"'2.png' of line 3 of '.*metadata.jsonl' cannot be read \(Unidentified"):
+            self.read(tmp_path / "data")
+        with pytest.raises(ValueError, match=r"'x.png' of sample 0 of the dataset cannot be read \(FileNotFoundError"):
+            self.read([{"image": "x.png", "text": "5"}], 1)
+        with pytest.raises(ValueError, match="The dataset has no image in any of its 2 samples"):
+            self.read([{"text": "5 6"}, {"text": "7"}], 2)
+        with pytest.raises(ValueError, match="has neither 'text' nor messages"):
+            self.read([{"image": picture(0)}], 1)
+        file.unlink()
+        with pytest.raises(ValueError, match=r"has 0 \.jsonl files"):
+            self.read(tmp_path / "data")
+        with pytest.raises(ValueError, match=r"There is no processor for '.*' to read calibration images with"):
+            self.read(samples(2), 2, processor=str(tmp_path))
+        rows = [{"image": picture(0), "text": "5 6"}]
+        monkeypatch.setattr(Processor, "__call__", lambda *args, **kwargs: {"input_ids": torch.tensor([[5, 6]])})
+        with pytest.raises(ValueError, match=rf"No token .* stands for an image \(ids \[{IMAGE}\]\)"):
+            self.read(rows, 1)
+
+    def test_a_model_of_text_takes_none(self, tmp_path: Path):
+        folder = save_dense("mixtral", tmp_path / "dense")
+        with pytest.raises(ValueError, match="has images, but MixtralForCausalLM takes none"):
+            compressed_text(folder, quick_config(dataset=samples(8), processor=Processor("aria")))
