@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ from safetensors import safe_open
 from tiny import compressed as compressed_text
 from tiny import families, quick_config, relative_rms, save_dense, tokens
 from tiny_vlm import IMAGE, VLMS, Processor, picture, samples, save_vlm, vlm
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from transformers_mcmoe import MCMoEConfig, ODPConfig, compression_report, expert_pruning_stats, set_expert_pruning
 from transformers_mcmoe.calibration.images import calibration_sequences
+from transformers_mcmoe.evaluation import evaluate_samples
 from transformers_mcmoe.models import stream
 from transformers_mcmoe.models.names import CheckpointNames
 from transformers_mcmoe.models.stream import Checkpoint, LayerStream, computing, open_runner
 from transformers_mcmoe.models.structure import Structure
+from transformers_mcmoe.nn import PackedLinear
 from transformers_mcmoe.routing import attached
 
 FAMILIES = families(VLMS, ["qwen3_vl_moe", "glm4v_moe", "ernie4_5_vl_moe", "aria"])
@@ -316,3 +319,72 @@ class TestData:
         folder = save_dense("mixtral", tmp_path / "dense")
         with pytest.raises(ValueError, match="has images, but MixtralForCausalLM takes none"):
             compressed_text(folder, quick_config(dataset=samples(8), processor=Processor("aria")))
+
+
+def test_evaluation_scores_the_text_alone():
+    model, given = vlm("aria"), sequences("aria", 3)
+    found = evaluate_samples(model, given, model)
+    assert found.kl == 0
+    assert found.top1 == 1
+    nll, count = 0.0, 0
+    for batch in given.batches(1):
+        with torch.no_grad():
+            logits = model(input_ids=batch.ids, **batch.inputs).logits[0].log_softmax(-1)
+        for t in range(batch.ids.shape[1] - 1):
+            if batch.ids[0, t + 1] != IMAGE:
+                nll, count = nll - float(logits[t, batch.ids[0, t + 1]]), count + 1
+    assert found.tokens == count
+    assert found.nll == pytest.approx(nll / count, rel=1e-5)
+    other = evaluate_samples(vlm("aria", initializer_range=0.05), samples(3), model, processor=Processor("aria"))
+    assert other.kl is None or other.kl >= 0
+
+
+class RemoteProcessor(Processor):
+    """Makes what `remote_vlm` is given."""
+
+    def __call__(self, images: Any, text: str, return_tensors: str) -> dict[str, torch.Tensor]:
+        made = super().__call__(images, text, return_tensors)
+        if images:
+            made["images"] = made.pop("pixel_values")
+            made["images_seq_mask"] = made["input_ids"] == IMAGE
+        return made
+
+
+def test_remote_code_with_experts_in_a_list(tmp_path: Path):
+    """A model of DeepSeek-VL2's shape from a folder with its own code: compressed with images, saved, loaded again."""
+    import remote_vlm
+
+    torch.manual_seed(0)
+    folder, packed = tmp_path / "remote", tmp_path / "packed"
+    dense = remote_vlm.RemoteVLForCausalLM(remote_vlm.RemoteVLConfig()).eval()
+    dense.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "remote_vlm.RemoteVLConfig",
+        "AutoModelForCausalLM": "remote_vlm.RemoteVLForCausalLM",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copy(Path(remote_vlm.__file__), folder)
+
+    def load(name: Path, **options: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, dtype=torch.float32, **options)
+
+    given = {"dataset": samples(8), "processor": RemoteProcessor("aria"), "num_samples": 8, "seq_len": 64}
+    model = load(folder, quantization_config=quick_config(**given))
+    report = compression_report(model)
+    assert report["image_tokens"] == 8 * 16
+    assert not any("whole dense model" in note for note in report["fallbacks"])  # streamed
+    assert sorted(report["coverage"]) == [f"language.model.layers.{i}.mlp.experts" for i in (1, 2)]
+    assert all(sum(own["image_tokens"]) == 8 * 16 * 2 for own in report["coverage"].values())
+    shared = model.language.model.layers[1].mlp.shared_experts.gate_proj
+    assert isinstance(shared, PackedLinear)
+    assert shared.bits in (4, 8)
+    one = RemoteProcessor("aria")([picture(0)], "<image> 5 6 7", "pt")
+    with torch.no_grad():
+        logits = model(**one).logits
+        assert 0 < relative_rms(logits, dense(**one).logits) < 1
+        model.save_pretrained(packed)
+        shutil.copy(Path(remote_vlm.__file__), packed)
+        assert torch.equal(load(packed)(**one).logits, logits)
+    before, after = tensors(folder), tensors(packed)
+    assert all(torch.equal(before[n], after[n]) for n in before if n.startswith(("vision", "projector")))

@@ -332,9 +332,9 @@ def processed(processor: Any, messages: Sequence[Mapping[str, Any]]) -> dict[str
 
 def _image_tokens(ids: Tensor, made: Mapping[str, Any], known: set[int]) -> Tensor:
     # Ernie's experts of images get the marks around them, too
-    kinds = made.get("moe_mm_token_type_ids", made.get("mm_token_type_ids"))
-    if isinstance(kinds, Tensor):
-        return kinds[0] != 0
+    for name in ("moe_mm_token_type_ids", "mm_token_type_ids", "images_seq_mask"):
+        if isinstance(made.get(name), Tensor):
+            return made[name][0] != 0
     return torch.isin(ids, torch.tensor(sorted(known), dtype=torch.int64))
 
 

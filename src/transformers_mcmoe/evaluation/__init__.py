@@ -7,6 +7,7 @@ from transformers_mcmoe.evaluation.needle import find_needles
 from transformers_mcmoe.evaluation.predictions import Evaluation, TokenScores, evaluate
 from transformers_mcmoe.evaluation.protocol import Protocol, Window, windows
 from transformers_mcmoe.evaluation.record import load_record, write_record
+from transformers_mcmoe.evaluation.samples import evaluate_samples
 from transformers_mcmoe.evaluation.speed import measure_speed
 from transformers_mcmoe.evaluation.token_classes import TokenClasses
 
@@ -20,6 +21,7 @@ __all__ = [
     "Window",
     "error_buildup",
     "evaluate",
+    "evaluate_samples",
     "find_needles",
     "load_record",
     "measure_speed",

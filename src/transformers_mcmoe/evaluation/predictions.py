@@ -145,18 +145,29 @@ def evaluate(
                 sums.append(scores.sums())
                 if observe is not None:
                     observe(window, scores)
-    counts = torch.tensor([len(window.ids) - 1 - window.given for window in text.windows], dtype=torch.float64)
-    columns = torch.stack(sums).unbind(1)
+    counts = [len(window.ids) - 1 - window.given for window in text.windows]
+    return summary(model, reference, sums, counts, text.protocol(sum(counts), **dtypes_of(model, reference)))
+
+
+def dtypes_of(model: Any, reference: Any) -> dict[str, str]:
+    """What figures were computed in, for their protocol."""
+    known = {"model": dtype_of(model), "log_softmax": "float32", "sums": "float64"}
+    return known if reference is None else known | {"reference": dtype_of(reference)}
+
+
+def summary(
+    model: Any, reference: Any, sums: Sequence[Tensor], scored: Sequence[int], protocol: Protocol
+) -> Evaluation:
+    """Means over all windows, from the sums of each one's scores and how many there are."""
+    counts = torch.tensor(scored, dtype=torch.float64)
+    columns = torch.stack(list(sums)).unbind(1)
     nll, _ = _mean(columns[0], counts)
-    dtypes = {"model": dtype_of(model), "log_softmax": "float32", "sums": "float64"}
     expected = dnll = dnll_se = kl = kl_se = top1 = None
     if reference is not None:
-        dtypes["reference"] = dtype_of(reference)
         expected, _ = _mean(columns[1], counts)
         dnll, dnll_se = _mean(columns[0] - columns[1], counts)
         kl, kl_se = _mean(columns[2], counts)
         top1, _ = _mean(columns[3], counts)
-    count = int(counts.sum())
     return Evaluation(
         perplexity=_exp(nll),
         nll=nll,
@@ -166,8 +177,8 @@ def evaluate(
         kl=kl,
         kl_se=kl_se,
         top1=top1,
-        tokens=count,
-        protocol=text.protocol(count, **dtypes),
+        tokens=sum(scored),
+        protocol=protocol,
         seed=seed_of(model),
     )
 
@@ -184,7 +195,7 @@ def _score_windows(model: Any, reference: Any, group: Sequence[Window]) -> list[
     for row, window in enumerate(group):
         scored = slice(window.given - first, -1)
         expected = dense[row, scored] if dense is not None else None
-        found.append(_score(ours[row, scored], expected, window.ids[window.given + 1 :]))
+        found.append(score(ours[row, scored], expected, window.ids[window.given + 1 :]))
     return found
 
 
@@ -197,7 +208,7 @@ def _logits(model: Any, ids: Tensor, first: int) -> Tensor:
     return model(input_ids=ids.to(model.device), use_cache=False, **options).logits[:, -keep:]
 
 
-def _score(logits: Tensor, reference: Tensor | None, targets: Tensor) -> TokenScores:
+def score(logits: Tensor, reference: Tensor | None, targets: Tensor) -> TokenScores:
     """Scores of S predictions.
 
     Args:
