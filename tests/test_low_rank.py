@@ -19,7 +19,7 @@ from transformers_mcmoe import (
     unpack,
 )
 from transformers_mcmoe.integrations.card import build_card
-from transformers_mcmoe.kernels import arena, ops
+from transformers_mcmoe.kernels import arena, cpu, ops
 from transformers_mcmoe.plan import ExpertWidths, Plan, average_bits
 from transformers_mcmoe.quantization import Grid, pack, quantize
 from transformers_mcmoe.structure import break_even, factorize, fit_left, ranks_for, root_of
@@ -250,6 +250,34 @@ def divergence(model, folder):
     dense = load(folder)
     p, q = (m(IDS).logits.double().log_softmax(-1) for m in (dense, model))
     return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_layers_are_one_operator(mixtral, base, monkeypatch):
+    """With factors, too: equal to a loop over the experts, compiled, with gradients."""
+    rank = RankConfig(32, base=True) if base else RankConfig(32)
+    model = compressed(mixtral, config_for(rank, bits=5.0) if base else alone())
+    called = []
+    monkeypatch.setattr(cpu, "moe_mlp", lambda *args, own=cpu.moe_mlp: called.append(1) or own(*args))
+    with torch.no_grad():
+        logits = model(IDS).logits
+        assert len(called) == len(plan_of(model).experts)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(IDS, use_cache=False).logits
+        assert torch.equal(compiled, logits)
+    assert model.hf_quantizer.is_compileable
+
+    def gradient():
+        x = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        found = model(inputs_embeds=x).logits
+        return found.detach(), torch.autograd.grad(found.square().sum(), x)[0]
+
+    _, ours = gradient()
+    for module in model.modules():
+        if isinstance(module, PackedExperts):
+            module._activation = None  # runs the experts one by one
+    looped, theirs = gradient()
+    assert relative_rms(logits, looped) < 1e-5
+    assert relative_rms(ours, theirs) < 1e-4
 
 
 @torch.no_grad()

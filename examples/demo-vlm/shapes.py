@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drawn images of 32 x 32 pixels with questions and their answers, and the processor of the model that is trained on them.
 
-Every answer is one word, so that an answer is right or wrong. Five kinds of images: two coloured shapes (asked for shape,
-colour and place), spots to be counted, a number of two digits, and a word.
+Every answer is one word, so that an answer is right or wrong. Four kinds of images: two coloured shapes (asked for shape,
+colour and place), spots of two colours to be counted, a number, and a word.
 """
 
 from __future__ import annotations
@@ -87,50 +87,56 @@ VOCABULARY = (
 
 
 def draw(seed: int) -> dict[str, Any]:
-    """One sample: `image`, `question`, `answer` and its `kind`; the same for the same seed."""
+    """One sample: `image`, its `questions` with kinds and answers, and the first of them as `kind`, `question`, `answer`.
+
+    The same for the same seed.
+    """
     own = random.Random(seed)
-    kind = own.choice(KINDS)
-    background = own.choice([(20, 20, 25), (60, 50, 45), (35, 55, 60)])
-    image = Image.new("RGB", (SIZE, SIZE), background)
+    image = Image.new("RGB", (SIZE, SIZE), own.choice([(20, 20, 25), (60, 50, 45), (35, 55, 60)]))
     brush = ImageDraw.Draw(image)
-    if kind == "count":
-        question, answer = _spots(own, brush)
-    elif kind in ("number", "word"):
-        answer = str(own.randrange(100)) if kind == "number" else own.choice(WORDS)
-        size = 18 if kind == "number" else 12
-        place = (own.randrange(1, 10), own.randrange(1, 12))
-        brush.text(place, answer, fill=COLORS[own.choice(list(COLORS))], font=ImageFont.load_default(size))
-        question = "which number is there" if kind == "number" else "which word is written"
+    scene = own.choice(("shapes", "shapes", "shapes", "spots", "number", "word"))
+    if scene == "shapes":
+        questions = _shapes(own, brush)
+    elif scene == "spots":
+        questions = _spots(own, brush)
     else:
-        question, answer = _shapes(own, brush, kind)
-    return {"image": image, "question": question, "answer": answer, "kind": kind}
+        answer, color = (str(own.randrange(100)) if scene == "number" else own.choice(WORDS)), own.choice(list(COLORS))
+        place = (own.randrange(1, 10), own.randrange(1, 12))
+        font = ImageFont.load_default(18 if scene == "number" else 12)
+        brush.text(place, answer, fill=COLORS[color], font=font)
+        asked = "which number is there" if scene == "number" else "which word is written"
+        questions = [(scene, asked, answer)]
+    own.shuffle(questions)
+    kind, question, answer = questions[0]
+    return {"image": image, "questions": questions, "kind": kind, "question": question, "answer": answer}
 
 
-def _spots(own: random.Random, brush: Any) -> tuple[str, str]:
-    color, other = own.sample(list(COLORS), 2)
+def _spots(own: random.Random, brush: Any) -> list[tuple[str, str, str]]:
+    colors = own.sample(list(COLORS), 2)
     cells = own.sample([(x, y) for x in range(4) for y in range(4)], own.randrange(2, 10))
     count = own.randrange(1, len(cells))
     for n, (x, y) in enumerate(cells):
         left, top = 8 * x + own.randrange(1, 3), 8 * y + own.randrange(1, 3)
-        brush.ellipse((left, top, left + 5, top + 5), fill=COLORS[color if n < count else other])
-    return f"how many {color} spots are there", str(count)
+        brush.ellipse((left, top, left + 5, top + 5), fill=COLORS[colors[n >= count]])
+    numbers = zip(colors, (count, len(cells) - count), strict=True)
+    return [("count", f"how many {color} spots are there", str(number)) for color, number in numbers]
 
 
-def _shapes(own: random.Random, brush: Any, kind: str) -> tuple[str, str]:
+def _shapes(own: random.Random, brush: Any) -> list[tuple[str, str, str]]:
     (one, two), (color, other) = own.sample(SHAPES, 2), own.sample(list(COLORS), 2)
-    across = own.random() < 0.5
-    first = own.random() < 0.5
+    across, first = own.random() < 0.5, own.random() < 0.5
     for n, (shape, tint) in enumerate(((one, color), (two, other))):
         half = 16 * ((n == 0) != first)
         place = (half, own.randrange(0, 16)) if across else (own.randrange(0, 16), half)
         _shape(brush, shape, place, COLORS[tint])
-    if kind == "shape":
-        return f"what shape is the {color} thing", one
-    if kind == "color":
-        return f"what color is the {one}", color
-    return f"where is the {one} from the {two}", ("left" if first else "right") if across else (
-        "above" if first else "below"
-    )
+    where = ("left" if first else "right") if across else ("above" if first else "below")
+    questions = [("place", f"where is the {one} from the {two}", where)]
+    for shape, tint in ((one, color), (two, other)):
+        questions += [
+            ("shape", f"what shape is the {tint} thing", shape),
+            ("color", f"what color is the {shape}", tint),
+        ]
+    return questions
 
 
 def _shape(brush: Any, shape: str, place: tuple[int, int], color: tuple[int, int, int]) -> None:

@@ -27,14 +27,13 @@ from shapes import (
     accuracy,
     draw,
     predict,
-    prompt,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Glm4vMoeConfig, Glm4vMoeForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 
 BATCH = 64
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 1.5e-3
 WARM_UP = 0.04
 # how fast the correction biases of the router follow the load
 BALANCE = 2e-3
@@ -131,14 +130,19 @@ def balance(model: torch.nn.Module) -> list:
 
 
 def batches(processor: ShapesProcessor, seed: int):
-    """Batches of fresh samples without end: inputs and the places and ids of the answers."""
+    """Batches of fresh samples without end, each with all of its questions and answers.
+
+    Inputs, the rows and places of the words before answers, and the answers' ids.
+    """
+    mark = processor.tokenizer.convert_tokens_to_ids("?")
     start = seed * 1_000_000
     while True:
         samples = [draw(n) for n in range(start, start + BATCH)]
         start += BATCH
-        inputs = processor([s["image"] for s in samples], [prompt(s) for s in samples])
-        last = inputs["attention_mask"].sum(-1) - 1
-        yield inputs, last, torch.tensor([processor.tokenizer.convert_tokens_to_ids(s["answer"]) for s in samples])
+        texts = [" ".join(f"{question} ? {answer}" for _, question, answer in s["questions"]) for s in samples]
+        inputs = processor([s["image"] for s in samples], [f"{IMAGE} {text}" for text in texts])
+        row, place = torch.where(inputs["input_ids"] == mark)
+        yield inputs, (row, place), inputs["input_ids"][row, place + 1]
 
 
 def train(model, processor: ShapesProcessor, steps: int | None, minutes: float, seed: int) -> list[dict]:
@@ -153,7 +157,7 @@ def train(model, processor: ShapesProcessor, steps: int | None, minutes: float, 
     right: list[float] = []
     handles, begin = balance(model), time.monotonic()
     model.train()
-    for step, (inputs, last, wanted) in enumerate(batches(processor, seed)):
+    for step, (inputs, places, wanted) in enumerate(batches(processor, seed)):
         seconds = time.monotonic() - begin
         done = step / steps if steps else seconds / (60 * minutes)
         if losses and (done >= 1 or seconds >= 60 * (len(log) + 1)):
@@ -167,7 +171,7 @@ def train(model, processor: ShapesProcessor, steps: int | None, minutes: float, 
         decay = 0.5 * (1 + math.cos(math.pi * max(0.0, done - WARM_UP) / (1 - WARM_UP)))
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min((done + 1e-3) / WARM_UP, 0.02 + 0.98 * decay)
-        logits = model(**inputs, use_cache=False).logits[torch.arange(len(last)), last]
+        logits = model(**inputs, use_cache=False).logits[places]
         loss = torch.nn.functional.cross_entropy(logits.float(), wanted)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

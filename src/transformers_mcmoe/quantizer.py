@@ -253,9 +253,7 @@ class MCMoEHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         """Where every MoE layer is one operator; elsewhere the loop over experts depends on the data."""
-        plan = self.quantization_config.plan
-        ranks = plan is not None and any(any(widths.ranks) for widths in plan.experts.values())
-        return not ranks and all(isinstance(e, FusedExperts) and e.plain_activation() for e in self._packed.values())
+        return all(isinstance(e, FusedExperts) and e.plain_activation() for e in self._packed.values())
 
 
 def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:

@@ -31,6 +31,7 @@ def set_expert_pruning(
     otp: bool | float | OTPConfig | None = None,
     dataset: Any = None,
     tokenizer: Any = None,
+    processor: Any = None,
     num_samples: int = 128,
     seq_len: int = 2048,
     seed: int = 0,
@@ -48,6 +49,7 @@ def set_expert_pruning(
             number for another share of routed slots.
         dataset: calibration text, as in `MCMoEConfig`; for packed models, measure again on this.
         tokenizer: tokenizer object or id; default the model's own.
+        processor: processor object or id, for samples with images; default the model's own.
         num_samples: calibration sequences.
         seq_len: tokens per calibration sequence.
         seed: seed of the choice of text.
@@ -72,7 +74,7 @@ def set_expert_pruning(
 
     def start(options: ODPConfig = options) -> ODPConfig:
         if dataset is not None:
-            tokens = _calibration(model, dataset, tokenizer, num_samples, seq_len, seed)
+            tokens = _calibration(model, dataset, (tokenizer, processor), num_samples, seq_len, seed)
             options = with_thresholds(model, options, None, tokens)
         elif not options.calibrated:
             options = with_thresholds(model, options, recorded_ratios(model), None)
@@ -88,6 +90,7 @@ def train_expert_pruning(
     *,
     options: OTPConfig | None = None,
     tokenizer: Any = None,
+    processor: Any = None,
     num_samples: int = 64,
     seq_len: int = 512,
     seed: int = 0,
@@ -101,6 +104,7 @@ def train_expert_pruning(
         target: share of the routed slots to skip; default that of `options`.
         options: how to train; default `OTPConfig()`.
         tokenizer: tokenizer object or id; default the model's own.
+        processor: processor object or id, for samples with images; default the model's own.
         num_samples: calibration sequences; `OTPConfig.tokens` bounds what is used of them.
         seq_len: tokens per calibration sequence.
         seed: seed of the choice of text.
@@ -115,7 +119,7 @@ def train_expert_pruning(
     otp = options or OTPConfig()
     otp = replace(otp, target=otp.target or TARGET if target is None else target)
     check_learnable(model, otp)  # before anything is read
-    tokens = _calibration(model, dataset, tokenizer, num_samples, seq_len, seed)
+    tokens = _calibration(model, dataset, (tokenizer, processor), num_samples, seq_len, seed)
 
     def start() -> OTPConfig:
         return start_learned_pruning(model, trained(model, otp, tokens, progress))
@@ -153,6 +157,8 @@ def _switch(model: Any, before: ExpertPruning | None, config: MCMoEConfig | None
     return options
 
 
-def _calibration(model: Any, dataset: Any, tokenizer: Any, num_samples: int, seq_len: int, seed: int) -> Calibration:
-    data = {"dataset": dataset, "tokenizer": tokenizer, "seed": seed}
+def _calibration(
+    model: Any, dataset: Any, readers: tuple[Any, Any], num_samples: int, seq_len: int, seed: int
+) -> Calibration:
+    data = {"dataset": dataset, "tokenizer": readers[0], "processor": readers[1], "seed": seed}
     return tokens_for(model, MCMoEConfig(num_samples=num_samples, seq_len=seq_len, **data))

@@ -78,6 +78,7 @@ def initialize_lora(
     dataset: Any = None,
     *,
     tokenizer: Any = None,
+    processor: Any = None,
     num_samples: int = 128,
     seq_len: int = 2048,
     seed: int = 0,
@@ -93,6 +94,7 @@ def initialize_lora(
         dense: id or folder of the dense checkpoint in safetensors that was compressed.
         dataset: calibration text, as in `MCMoEConfig`.
         tokenizer: tokenizer object or id; default that of the dense checkpoint.
+        processor: processor object or id, for samples with images; default that of the dense checkpoint.
         num_samples: calibration sequences.
         seq_len: tokens of each.
         seed: seed of the choice of text.
@@ -110,6 +112,7 @@ def initialize_lora(
     layers = _layers(base, adapter_name)
     files = checkpoint_files(str(dense))
     data = {"dataset": dataset, "tokenizer": str(dense) if tokenizer is None else tokenizer, "seed": seed}
+    data["processor"] = str(dense) if processor is None else processor
     tokens = tokens_for(base, MCMoEConfig(num_samples=num_samples, seq_len=seq_len, **data))
     dtype = base.dtype
     with torch.device("meta"):
