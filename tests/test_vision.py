@@ -388,3 +388,18 @@ def test_remote_code_with_experts_in_a_list(tmp_path: Path):
         assert torch.equal(load(packed)(**one).logits, logits)
     before, after = tensors(folder), tensors(packed)
     assert all(torch.equal(before[n], after[n]) for n in before if n.startswith(("vision", "projector")))
+
+
+def test_page_and_card_tell_of_images(tmp_path: Path):
+    from transformers_mcmoe.integrations.card import build_card
+    from transformers_mcmoe.integrations.plots.compression import image_shares, report_figures
+
+    report = compression_report(compressed(save_vlm("aria", tmp_path), image_config("aria")))
+    shares = image_shares(report)
+    assert len(shares) == len(report["coverage"])
+    assert all(0 <= share <= 1 for row in shares for share in row if share == share)
+    assert "images" in [figure.name for figure in report_figures(report, {})]
+    card = str(build_card("me/it", report, {}))
+    assert f"{report['image_tokens']:,} of them of images" in card
+    assert "pipeline_tag: image-text-to-text" in card
+    assert 'processor = AutoProcessor.from_pretrained("me/it")' in card

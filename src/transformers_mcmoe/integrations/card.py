@@ -82,14 +82,14 @@ def build_card(
     """
     base_model = base_model or report.get("base_model")
     facts = {**(report.get("license") or {}), **(facts or {})}
-    source = report.get("calibration_source")
+    source, sees = report.get("calibration_source"), bool(report.get("image_tokens"))
     data: dict[str, Any] = {
         "base_model": base_model,
         "base_model_relation": "quantized" if base_model else None,
         "library_name": "transformers",
         "tags": ["mcmoe", "mixture-of-experts", "quantized", *_pruned_tag(report), *tags],
         "datasets": [source] if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source) else None,
-        "pipeline_tag": facts.get("pipeline_tag", "text-generation"),
+        "pipeline_tag": facts.get("pipeline_tag", "image-text-to-text" if sees else "text-generation"),
         **{name: facts.get(name) for name in ("license", "license_name", "license_link", "language")},
     }
     results = _results(record, base_model)
@@ -118,6 +118,7 @@ def build_card(
         mixed=any(len(set(widths) - {"0"}) > 1 for widths in _all_widths(report)),
         widths=sorted({w for own in _all_widths(report) for w in own} - {"0"}),
         factored=_factored(report),
+        auto=("AutoModelForImageTextToText", "AutoProcessor") if sees else ("AutoModelForCausalLM", "AutoTokenizer"),
         command=command_line(report, base_model or model_name(report), repo_id.rpartition("/")[2]),
         source=source,
         figures=figures or {},

@@ -45,6 +45,15 @@ def routing_weights(report: Report) -> Table:
     ]
 
 
+def image_shares(report: Report) -> Table:
+    """Share of every expert's tokens that stand for parts of images; empty where calibration had none."""
+    return [
+        [seen / count if count else NAN for seen, count in zip(row["image_tokens"], row["tokens"], strict=True)]
+        for row in report["coverage"].values()
+        if "image_tokens" in row
+    ]
+
+
 def chosen_bits(report: Report) -> Table:
     """Width of every expert, of its gate and up projections where that of down is another."""
     return [[float(digit) for digit in digits] for digits in report["expert_bits"].values()]
@@ -89,6 +98,13 @@ def _heat_maps(report: Report) -> list[Figure]:
             routing_weights(report),
             "Mean routing weight over the expert's tokens.",
             "number",
+        ),
+        (
+            "images",
+            "Who sees images",
+            image_shares(report),
+            "Share of the expert's tokens that are of images.",
+            "percent",
         ),
         (
             "error",
