@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from safetensors import safe_open
@@ -269,6 +270,43 @@ class TestData:
         assert found.image_tokens() == 4 * 16
         assert sorted({bool(found.images(n).any()) for n in range(2)}) == [False, True]
 
+    def test_parquet(self, tmp_path: Path):
+        """As data sets on the Hub are stored, with the images in the file."""
+        self.rows(tmp_path)
+        columns = {"image": [str(tmp_path / f"{n}.png") for n in range(4)], "text": [f"5 6 {7 + n}" for n in range(4)]}
+        table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+        table.to_parquet(tmp_path / "data.parquet")
+        expected = self.read([{"image": image, "text": text} for image, text in zip(*columns.values(), strict=True)])
+        assert self.read(tmp_path / "data.parquet").fingerprint() == expected.fingerprint()
+
+    def test_the_hub(self, monkeypatch: pytest.MonkeyPatch):
+        """Without a dataset a model that sees gets the default one, one that does not still gets text."""
+        asked: list[Any] = []
+        conversation = [{"from": "human", "value": "<image>\n5 6"}, {"from": "gpt", "value": "7"}]
+        rows = [{"image": picture(n), "conversations": conversation} for n in range(6)]
+        # instructions without an image are among them
+        rows[1] = {"image": None, "conversations": [{"from": "human", "value": "8 9"}, {"from": "gpt", "value": "10"}]}
+
+        def load_dataset(*args: Any, **kwargs: Any) -> Any:
+            asked.append((args[0], kwargs["streaming"]))
+            return datasets.IterableDataset.from_generator(lambda: iter(rows))
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        found = self.read(None, 6)
+        assert asked == [("lmms-lab/LLaVA-NeXT-Data", True)]
+        assert found.image_tokens() == 5 * 16
+        assert sorted(map(len, found.ids)) == [3, *[21] * 5]
+
+    def test_rows_without_an_image_and_with_two(self):
+        rows = [
+            {"image": picture(0), "text": "5"},
+            {"text": "6 7"},
+            {"images": [picture(1), picture(2)], "text": "5 <image> 6 <image> 7"},
+        ]
+        found = self.read(rows, 3)
+        assert [int(found.images(n).sum()) for n in range(3)] == [16, 0, 32]
+        assert [bool(found.inputs(n).get("pixel_values") is not None) for n in range(3)] == [True, False, True]
+
     def test_long_samples_are_passed_over(self):
         rows = samples(4)
         rows[1] = {"image": picture(1), "text": " ".join(["5"] * 100)}
@@ -403,3 +441,21 @@ def test_page_and_card_tell_of_images(tmp_path: Path):
     assert f"{report['image_tokens']:,} of them of images" in card
     assert "pipeline_tag: image-text-to-text" in card
     assert 'processor = AutoProcessor.from_pretrained("me/it")' in card
+
+
+def test_many_experts(tmp_path: Path):
+    """64 experts of which a token takes 6, shared ones at 4 bits: every expert has a width, also those that nothing reached."""
+    text = VLMS["aria"]["text_config"] | {"moe_num_experts": 64, "moe_topk": 6, "moe_num_shared_experts": 2}
+    folder = save_vlm("aria", tmp_path, text_config=text)
+    model = compressed(folder, image_config("aria", bits=2.57, shared_expert_bits=4, attention_bits=4))
+    report = compression_report(model)
+    assert report["average_bits"] <= 2.57
+    for path, widths in report["expert_bits"].items():
+        assert len(widths) == 64
+        coverage = report["coverage"][path]
+        unseen = sum(count == 0 for count in coverage["image_tokens"])
+        assert 0 < unseen < 64  # some are reached by text alone, or by nothing
+        assert all(digit in "1234" for digit in widths)
+    assert all(
+        module.bits == 4 for name, module in model.named_modules() if "shared" in name and hasattr(module, "bits")
+    )

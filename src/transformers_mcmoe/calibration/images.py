@@ -322,7 +322,8 @@ def processed(processor: Any, messages: Sequence[Mapping[str, Any]]) -> dict[str
         parts = [part for message in messages for part in message["content"]]
         found = [part["image"] for part in parts if part["type"] == "image"]
         mark = getattr(processor, "image_token", _MARKS[0])
-        text = "".join(mark if part["type"] == "image" else part["text"] for part in parts)
+        pieces = ("".join(mark if p["type"] == "image" else p["text"] for p in turn["content"]) for turn in messages)
+        text = "\n".join(pieces)
         out = processor(images=found or None, text=text, return_tensors="pt")
     made = dict(out)
     ids = made.pop("input_ids")
