@@ -30,7 +30,15 @@ from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.pipeline.allocating import LayerResult
 from transformers_mcmoe.pipeline.dropping import Dropped
 from transformers_mcmoe.pipeline.job import Job
-from transformers_mcmoe.pipeline.prepare import OVERHEAD, disk_need, fingerprint_of, hessian_memory, prepare, sized
+from transformers_mcmoe.pipeline.prepare import (
+    OVERHEAD,
+    disk_need,
+    fingerprint_of,
+    hessian_memory,
+    image_need,
+    prepare,
+    sized,
+)
 from transformers_mcmoe.plan import Matrix, Plan
 from transformers_mcmoe.progress import Meter
 from transformers_mcmoe.tuning import Teacher, check_head
@@ -150,7 +158,7 @@ def _prepared(
         # a run that needs no data still looks at what layers are given
         tokens = Calibration(torch.zeros(1, 8, dtype=torch.int64)) if calibration is None else calibration
         work = WorkDir(work_dir, fingerprint_of(structure, config, checkpoint_files, tokens))
-        work.claim(disk_need(structure, config, tokens.numel(), dtype))
+        work.claim(disk_need(structure, config, tokens.numel(), dtype) + image_need(structure, tokens, dtype))
         stack.callback(work.clean)
         runner = open_runner(
             structure.model,

@@ -273,6 +273,15 @@ def memory_parts(structure: Structure, dtype: torch.dtype, config: MCMoEConfig) 
     return layer, held, rest
 
 
+def image_need(structure: Structure, tokens: Sequences, dtype: torch.dtype) -> int:
+    """Bytes that embedded sequences and what layers are given with each take beside `disk_need`, where there are images."""
+    if tokens.are_text:
+        return 0
+    hidden = next(iter(structure.experts.values())).projections[0].in_features
+    masks = 2 * sum(len(ids) ** 2 for ids in tokens.ids)  # of full and of local attention
+    return (tokens.numel() * hidden + masks) * dtype.itemsize
+
+
 def disk_need(structure: Structure, config: MCMoEConfig, tokens: int, dtype: torch.dtype) -> int:
     """Bytes that hidden states, samples of experts' inputs and packed layers take at most."""
     tokens *= 2 if config.tuning_steps else 1  # hidden states behind the dense model are kept
