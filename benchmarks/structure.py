@@ -272,6 +272,8 @@ def _removed(model: str, test: str, rows: list[dict[str, Any]]) -> list[str]:
         return {(row["row"], row["ratio"]): row for row in found}
 
     plain, trained, timed = newest("quality"), newest("quality", True), newest("speed")
+    if not plain:
+        return []
     one = next(iter(plain.values()))
     steps = "".join(f", {row['train_tokens']:,} tokens for LoRA" for row in list(trained.values())[:1])
     lines = [

@@ -48,7 +48,7 @@ def measure(options: argparse.Namespace, name: str, dense: Any, known: dict[str,
     rows = [row(draw(CALIBRATION + options.seed * 100_000 + n)) for n in range(options.calibration)]
     given = dict(ROWS[name])
     if given.pop("text", False):
-        # one text after the other, as many tokens as the samples with images have
+        # one text after the other, each several times, as many tokens as the samples with images have
         text = [own["text"] for own in rows] * 4
         data = {"dataset": text, "tokenizer": processor.tokenizer, "seq_len": 28, "num_samples": options.calibration}
     else:

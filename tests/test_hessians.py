@@ -18,7 +18,8 @@ from transformers_mcmoe.calibration.hessians import (
     observe_linears,
     probe_inputs,
 )
-from transformers_mcmoe.calibration.statistics import BlockChange, hessian_error
+from transformers_mcmoe.calibration.observing import BlockChange
+from transformers_mcmoe.calibration.statistics import hessian_error
 from transformers_mcmoe.models.experts import ListExperts, find_experts
 
 IDS = tokens(4, 16)

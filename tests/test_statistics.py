@@ -14,12 +14,11 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralSparseMoeBlock
 
 from transformers_mcmoe.calibration import statistics
+from transformers_mcmoe.calibration.observing import LayerTokens, Outputs
 from transformers_mcmoe.calibration.statistics import (
     FEW_TOKENS,
     SAMPLE,
     ExpertInputs,
-    LayerTokens,
-    Outputs,
     RoutingStatistics,
     Sample,
     output_errors,
@@ -312,20 +311,39 @@ class TestHeldOut:
         assert seen == [sequence for sequence in held for _ in range(5)]
 
     def test_experts_of_images_see_a_part_of_the_tokens(self):
-        layer, experts, tokens = torch.nn.Identity(), torch.nn.Identity(), LayerTokens()
-        tokens.images = torch.tensor([False, True, True, False, False])
+        images = torch.tensor([False, True, True, False, False])
+        layer, experts = torch.nn.Identity(), torch.nn.Identity()
+        tokens = LayerTokens(lambda: images, image=3.0, share=0.5)
         with tokens.observe(layer, experts):
             x = torch.randn(1, 5, H)
             layer(x)
             norms = x.norm(dim=-1).flatten()
             for kind, places in ((True, [1, 2]), (False, [0, 3, 4])):
-                experts(x[:, tokens.images == kind])
+                experts(x[:, images == kind])
                 position = torch.arange(len(places))
                 assert torch.equal(tokens.norms(position), norms[places])
                 assert tokens.of_images(position).tolist() == [kind] * len(places)
+                assert tokens.counts(position, len(places)).tolist() == [1.5 if kind else 0.5] * len(places)
             experts(x[:, :4])  # which four is not known
             assert tokens.norms(torch.arange(4)) is None
             assert tokens.of_images(torch.arange(4)) is None
+            # as many of either kind: those that the module got before
+            images = torch.tensor([False, True, True, False])
+            layer(x[:, :4])
+            experts(x[:, :2])
+            assert tokens.of_images(torch.arange(2)).tolist() == [False, False]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_tokens_of_experts_in_a_list_are_found(self, dtype: torch.dtype):
+        layer, experts, block = (torch.nn.Identity() for _ in range(3))
+        tokens, x = LayerTokens(), torch.randn(2, 7, H).to(dtype)
+        with tokens.observe(layer, experts, block):
+            layer(x)
+            block(x)
+            chosen = torch.tensor([11, 3, 3, 0])
+            assert torch.equal(tokens.find(x.flatten(0, 1)[chosen]), chosen)
+            assert tokens.find(x.flatten(0, 1)[chosen] * 2) is None
+        assert LayerTokens().find(x[0]) is None
 
     def test_one_sequence_is_not_split(self):
         assert LayerTokens().held_out(0, None, 5, 1) is None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drawn images of 32 x 32 pixels with questions and their answers, and the processor of the model that is trained on them.
 
-Every answer is one word, so that an answer is right or wrong. Four kinds of images: two coloured shapes (asked for shape,
-colour and place), spots of two colours to be counted, a number, and a word.
+Every answer is one word, so that an answer is right or wrong. Five kinds of images: a coloured shape, two of them (asked for
+shape, colour and place), spots of two colours to be counted, a digit, and a word.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ VOCABULARY = (
     *SHAPES,
     *PLACES,
     *WORDS,
-    *map(str, range(100)),
+    *map(str, range(10)),
 )
 
 
@@ -94,18 +94,20 @@ def draw(seed: int) -> dict[str, Any]:
     own = random.Random(seed)
     image = Image.new("RGB", (SIZE, SIZE), own.choice([(20, 20, 25), (60, 50, 45), (35, 55, 60)]))
     brush = ImageDraw.Draw(image)
-    scene = own.choice(("shapes", "shapes", "shapes", "spots", "number", "word"))
-    if scene == "shapes":
-        questions = _shapes(own, brush)
+    scene = own.choice(("one", "two", "spots", "number", "word"))
+    if scene == "one":
+        questions = _one(own, brush)
+    elif scene == "two":
+        questions = _two(own, brush)
     elif scene == "spots":
         questions = _spots(own, brush)
     else:
-        answer, color = (str(own.randrange(100)) if scene == "number" else own.choice(WORDS)), own.choice(list(COLORS))
-        place = (own.randrange(1, 10), own.randrange(1, 12))
+        answer, color = str(own.randrange(10)) if scene == "number" else own.choice(WORDS), own.choice(list(COLORS))
+        place = (own.randrange(1, 16 if scene == "number" else 6), own.randrange(1, 10))
         font = ImageFont.load_default(18 if scene == "number" else 12)
         brush.text(place, answer, fill=COLORS[color], font=font)
         asked = "which number is there" if scene == "number" else "which word is written"
-        questions = [(scene, asked, answer)]
+        questions = [(scene, asked, answer), ("color", f"what color is the {scene}", color)]
     own.shuffle(questions)
     kind, question, answer = questions[0]
     return {"image": image, "questions": questions, "kind": kind, "question": question, "answer": answer}
@@ -113,7 +115,7 @@ def draw(seed: int) -> dict[str, Any]:
 
 def _spots(own: random.Random, brush: Any) -> list[tuple[str, str, str]]:
     colors = own.sample(list(COLORS), 2)
-    cells = own.sample([(x, y) for x in range(4) for y in range(4)], own.randrange(2, 10))
+    cells = own.sample([(x, y) for x in range(4) for y in range(4)], own.randrange(2, 8))
     count = own.randrange(1, len(cells))
     for n, (x, y) in enumerate(cells):
         left, top = 8 * x + own.randrange(1, 3), 8 * y + own.randrange(1, 3)
@@ -122,7 +124,13 @@ def _spots(own: random.Random, brush: Any) -> list[tuple[str, str, str]]:
     return [("count", f"how many {color} spots are there", str(number)) for color, number in numbers]
 
 
-def _shapes(own: random.Random, brush: Any) -> list[tuple[str, str, str]]:
+def _one(own: random.Random, brush: Any) -> list[tuple[str, str, str]]:
+    shape, color = own.choice(SHAPES), own.choice(list(COLORS))
+    _shape(brush, shape, (own.randrange(0, 16), own.randrange(0, 16)), COLORS[color])
+    return [("shape", "what shape is the thing", shape), ("color", "what color is the thing", color)]
+
+
+def _two(own: random.Random, brush: Any) -> list[tuple[str, str, str]]:
     (one, two), (color, other) = own.sample(SHAPES, 2), own.sample(list(COLORS), 2)
     across, first = own.random() < 0.5, own.random() < 0.5
     for n, (shape, tint) in enumerate(((one, color), (two, other))):
@@ -130,13 +138,10 @@ def _shapes(own: random.Random, brush: Any) -> list[tuple[str, str, str]]:
         place = (half, own.randrange(0, 16)) if across else (own.randrange(0, 16), half)
         _shape(brush, shape, place, COLORS[tint])
     where = ("left" if first else "right") if across else ("above" if first else "below")
-    questions = [("place", f"where is the {one} from the {two}", where)]
-    for shape, tint in ((one, color), (two, other)):
-        questions += [
-            ("shape", f"what shape is the {tint} thing", shape),
-            ("color", f"what color is the {shape}", tint),
-        ]
-    return questions
+    asked = own.choice(
+        [("shape", f"what shape is the {color} thing", one), ("color", f"what color is the {one}", color)]
+    )
+    return [("place", f"where is the {one} from the {two}", where), asked]
 
 
 def _shape(brush: Any, shape: str, place: tuple[int, int], color: tuple[int, int, int]) -> None:
@@ -184,11 +189,11 @@ class ShapesProcessor:
     ) -> dict[str, torch.Tensor]:
         made = dict(self.image_processor(images=list(images), return_tensors="pt")) if images else {}
         counts = [int(grid.prod()) // self.image_processor.merge_size**2 for grid in made.get("image_grid_thw", ())]
-        texts = []
+        left, texts = iter(counts), []
         for own in [text] if isinstance(text, str) else text:
-            for count in counts[len(texts) : len(texts) + own.count(IMAGE)]:
-                own = own.replace(IMAGE, f"{START} {'<|one|> ' * count}{END} ", 1)
-            texts.append(own.replace("<|one|>", IMAGE))
+            pieces = own.split(IMAGE)
+            marks = [f"{START} {f'{IMAGE} ' * next(left)}{END} " for _ in pieces[1:]]
+            texts.append("".join(piece + mark for piece, mark in zip(pieces, [*marks, ""], strict=True)))
         found = self.tokenizer(texts, return_tensors="pt", padding=True)
         kinds = (found["input_ids"] == self.image_token_id).to(torch.int64)
         return {**found, **made, "mm_token_type_ids": kinds}

@@ -3,7 +3,7 @@
 
     python examples/demo-vlm/train.py --output my-vlm      # 15 minutes; --steps 50 for a quick look
 
-A GLM-4.5V of 2.5 M parameters: 16 experts, of which a token takes 4, a shared expert, and a vision tower of 3 blocks. Writes a
+A GLM-4.5V of 2 M parameters: 16 experts, of which a token takes 4, a shared expert, and a vision tower of 3 blocks. Writes a
 bfloat16 checkpoint, tokenizer, image processor and training_log.json. No held-out image is drawn from a seed of the training.
 """
 

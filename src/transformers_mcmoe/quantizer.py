@@ -30,6 +30,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.hub import extract_commit_hash
 
 from transformers_mcmoe.config import QUANT_METHOD, MCMoEConfig, ODPConfig, OTPConfig
+from transformers_mcmoe.kernels import gpu
 from transformers_mcmoe.models.experts import Experts, FusedExperts, ListExperts
 from transformers_mcmoe.models.names import packed_conversions
 from transformers_mcmoe.models.routers import SlicedRouter
@@ -253,6 +254,9 @@ class MCMoEHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         """Where every MoE layer is one operator; elsewhere the loop over experts depends on the data."""
+        plan = self.quantization_config.plan
+        if gpu.name() == "triton" and plan is not None and any(any(w.ranks) for w in plan.experts.values()):
+            return False  # factors are no part of the operator there
         return all(isinstance(e, FusedExperts) and e.plain_activation() for e in self._packed.values())
 
 

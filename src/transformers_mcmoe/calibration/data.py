@@ -194,10 +194,13 @@ def _given_tokens(dataset: Any, num_samples: int) -> Tensor:
 
 
 def _is_hub(dataset: Any) -> bool:
-    return dataset is None or isinstance(dataset, Mapping) or (isinstance(dataset, str) and _local(dataset) is None)
+    return (
+        dataset is None or isinstance(dataset, Mapping) or (isinstance(dataset, str) and local_path(dataset) is None)
+    )
 
 
-def _local(dataset: str | Path) -> Path | None:
+def local_path(dataset: str | Path) -> Path | None:
+    """The file or folder that a data set's name means; None for the name of one on the Hub."""
     if isinstance(dataset, str) and ("\n" in dataset or max(len(part.encode()) for part in dataset.split("/")) > 255):
         raise ValueError(f"dataset is a text of {len(dataset)} characters; give texts as a list of strings: [text].")
     path = Path(dataset)
@@ -205,7 +208,7 @@ def _local(dataset: str | Path) -> Path | None:
 
 
 def _texts(dataset: Any, seed: int | None) -> Iterable[str]:
-    if isinstance(dataset, str | Path) and (path := _local(dataset)) is not None:
+    if isinstance(dataset, str | Path) and (path := local_path(dataset)) is not None:
         return _file_texts(path)
     if isinstance(dataset, str):
         names = ("path", "subset", "split", "field")
@@ -249,15 +252,16 @@ def _field(row: Any, source: Any, field: str = "text") -> str:
 def _hub_texts(source: Mapping[str, Any], seed: int | None) -> Iterator[str]:
     """Texts of a Hub data set, as `hub_rows` gives its rows."""
     field = source.get("field") or "text"
-    first, rows = hub_rows(source, seed)
+    rows = hub_rows(source, seed)
+    first = next(rows, None)
     if first is None:
         return iter(())
-    _field(first, source["path"], field)
-    return (_field(row, source["path"], field) for row in rows)
+    _field(first, source["path"], field)  # said before anything is tokenized
+    return (_field(row, source["path"], field) for row in itertools.chain([first], rows))
 
 
-def hub_rows(source: Mapping[str, Any], seed: int | None) -> tuple[Any, Iterator[Any]]:
-    """The first row of a Hub data set, None if it is empty, and all rows, streamed in seeded random order or in its own.
+def hub_rows(source: Mapping[str, Any], seed: int | None) -> Iterator[Any]:
+    """The rows of a Hub data set, streamed in seeded random order or in its own.
 
     Raises:
         ValueError: the description names no data set.
@@ -279,13 +283,13 @@ def hub_rows(source: Mapping[str, Any], seed: int | None) -> tuple[Any, Iterator
         rows = iter(dataset if seed is None else dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER))
         first = next(rows)
     except StopIteration:
-        return None, iter(())
+        return iter(())
     except Exception as error:
         raise OSError(
             f"The dataset '{path}' cannot be read from the Hub ({type(error).__name__}); go online, or "
             f"give {_ALTERNATIVES}."
         ) from error
-    return first, itertools.chain([first], rows)
+    return itertools.chain([first], rows)
 
 
 def _tokenizer(tokenizer: Any, model_name: str) -> Any:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers_mcmoe.models.experts import Experts
 from transformers_mcmoe.plan import ROLES
 
+# tokens, at least, by which it is found out which linear layers are reached and read the same
+PROBED = 2048
 # rows of a Hessian that are summed by one product
 BLOCK = 512
 # share of its mean that is added to the diagonal where a down projection is fitted anew (docs/quantization.md)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # inputs of an image processor are kept up to so many bytes; beyond, they are made again when they are needed
-KEPT = 256 << 20
+KEPT = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,13 @@ class Batch:
         """Its tokens."""
         return self.ids.numel()
 
+    def predictions(self, logits: Tensor) -> Tensor:
+        """[n, V] of logits [B, T, V]: without those of positions before a part of an image, which no model writes."""
+        if self.images is None:
+            return logits.flatten(0, 1)
+        ends = torch.ones_like(self.images[:, :1])
+        return logits[torch.cat([~self.images[:, 1:], ends], dim=1)]
+
     def to(self, device: torch.device | str) -> Batch:
         """The same on another device."""
         inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.inputs.items()}
@@ -47,7 +54,7 @@ class Sequences:
     """Token sequences of a calibration.
 
     Args:
-        ids: [N, T] int64, or one [T] for each sequence where they differ in length.
+        ids: [N, T] int64, or with `inputs` one [T] for each sequence, which may differ in length.
         inputs: called with the number of a sequence, returns what the model is given beside its ids; None for text. A
             sequence that gets something is run alone.
         images: [T] bool for each sequence, as in `Batch`; None for text.
@@ -96,9 +103,13 @@ class Sequences:
         return Sequences(self.ids[part], own, None if self._images is None else self._images[part], self.mark)
 
     def cut(self, tokens: int) -> Sequences:
-        """The first sequences, so many tokens together, one at least; a longer text is cut, a sequence with images is not."""
+        """The first sequences, about so many tokens together, one at least; a longer text is cut, one with images is not."""
         own = self[: max(1, tokens // self.length)]
         return Sequences([row[:tokens] for row in own.ids]) if own.are_text else own
+
+    def scored(self, n: int) -> Tensor:
+        """[T] bool, positions of a sequence that predict: not those before a part of an image, which no model writes."""
+        return torch.cat([~self.images(n)[1:], torch.ones(1, dtype=torch.bool)])
 
     @property
     def are_text(self) -> bool:
@@ -154,17 +165,17 @@ class Sequences:
 
 
 class Kept:
-    """Inputs of sequences, made when they are first asked for and kept while they are few."""
+    """Inputs of sequences, kept while they are few; others are made again whenever they are asked for."""
 
     def __init__(self, make: Callable[[int], Mapping[str, Any]]) -> None:
         self._make, self._known, self._bytes = make, dict[int, Mapping[str, Any]](), 0
 
     def __call__(self, n: int) -> Mapping[str, Any]:
-        if n in self._known:
-            return self._known[n]
-        made = self._make(n)
+        return self._known[n] if n in self._known else self._make(n)
+
+    def put(self, n: int, made: Mapping[str, Any]) -> None:
+        """Keep inputs, if there is room."""
         size = sum(x.nbytes for x in made.values() if isinstance(x, Tensor))
         if self._bytes + size <= KEPT:
             self._known[n] = made
             self._bytes += size
-        return made

@@ -7,15 +7,12 @@ widths or layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from transformers_mcmoe.models.experts import Experts
 from transformers_mcmoe.workdir import mapped_tensor
@@ -77,7 +74,7 @@ class Sample:
         weight: [n] float32 routing weights.
         norm: [n] float32, norm of the hidden state that the expert's output is added to; 0 where it is not known.
         scale: routed tokens per sampled token; squared errors are multiplied by it.
-        counts: [n] float32, what each token counts relative to one of text.
+        counts: [n] float32, what each token counts; 1 on the average over the calibration.
     """
 
     x: Tensor
@@ -92,18 +89,11 @@ class ExpertInputs:
 
     The sample lies in a memory-mapped file, [E, SAMPLE, H]. An expert that gets at most SAMPLE tokens keeps them all.
 
-    Args:
-        num_experts: E.
-        path: the file.
-        seed: of the sample.
-        image: what a token of an image counts relative to one of text.
-
     Attributes:
         routing: the counts.
     """
 
-    def __init__(self, num_experts: int, path: Path, seed: int, image: float = 1.0) -> None:
-        self._image = image
+    def __init__(self, num_experts: int, path: Path, seed: int) -> None:
         self._counts = torch.ones(num_experts, SAMPLE)
         self.routing = RoutingStatistics.zeros(num_experts)
         self._path = path
@@ -121,10 +111,12 @@ class ExpertInputs:
         norms: Tensor | None = None,
         sampled: Tensor | None = None,
         images: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> None:
         """Count tokens [n, H] of an expert, and let them or those with `sampled` [n] bool into the sample.
 
-        `norms` [n] are those of their hidden states, `images` [n] bool says which stand for parts of images.
+        `norms` [n] are those of their hidden states, `images` [n] bool says which stand for parts of images, `counts` [n] what they
+        count in errors.
         """
         n = x.shape[0]
         if n == 0:
@@ -133,11 +125,10 @@ class ExpertInputs:
         self.routing.tokens[expert] += n
         self.routing.weight[expert] += weight.to(torch.float64).sum()
         norm = torch.zeros(n) if norms is None else norms.to("cpu", torch.float32)
-        counts = torch.ones(n)
+        counts = torch.ones(n) if counts is None else counts
         if images is not None:
             self.routing.image_tokens[expert] += images.sum()
             self.routing.image_weight[expert] += weight[images].to(torch.float64).sum()
-            counts[images] = self._image
         if sampled is not None:
             kept = sampled.cpu()
             x, weight, norm, counts = x[sampled], weight[kept], norm[kept], counts[kept]
@@ -191,183 +182,6 @@ class ExpertInputs:
         every = torch.cat([self._counts[e, :n] for e, n in enumerate(counts)])
         mean = float(self.routing.weight.sum() / tokens.sum())
         return Sample(x, torch.full((len(x),), mean), norm, max(count, 1) / len(x), every)
-
-
-class LayerTokens:
-    """What is known of the tokens of a decoder layer's latest call: their hidden states' norms, their sequences.
-
-    Tokens are asked for by their positions among those that the experts were called with: the layer's, several copies of them,
-    or those of images, or of text, alone.
-    """
-
-    def __init__(self) -> None:
-        self._norms: Tensor | None = None
-        self._called = 0  # tokens that the experts were called with
-        self.images: Tensor | None = None  # [tokens] bool, those of images
-        self._sequences = self._first = self._next = 0
-        self._counts: dict[int, int] = {}
-
-    @contextmanager
-    def observe(self, layer: nn.Module, experts: nn.Module) -> Iterator[None]:
-        """While open, every call of the layer, and of experts in it, is looked at; their first arguments are [.., H]."""
-        self._next = 0
-        self._counts.clear()
-
-        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
-            self._called = x.numel() // x.shape[-1]
-
-        def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
-            self._norms = x.detach().to(torch.float32).norm(dim=-1).flatten()
-            self._sequences = x.shape[0] if x.dim() > 2 else 1
-            self._first, self._next = self._next, self._next + self._sequences
-
-        with (
-            layer.register_forward_pre_hook(measure, with_kwargs=True),
-            experts.register_forward_pre_hook(count, with_kwargs=True, prepend=True),
-        ):
-            yield
-
-    def places(self, position: Tensor | None) -> Tensor | None:
-        """Where in the layer's tokens those at positions [n] of the experts' are; None where that is not known."""
-        if position is None or self._norms is None:
-            return None
-        if self._called % len(self._norms) == 0:
-            return position % len(self._norms)
-        for kind in () if self.images is None else (self.images, ~self.images):
-            if int(kind.sum()) == self._called:
-                return kind.to(position.device).nonzero().flatten()[position]
-        return None
-
-    def norms(self, position: Tensor | None) -> Tensor | None:
-        """Norms [n] of the hidden states; None where positions are not known."""
-        places = self.places(position)
-        return None if places is None or self._norms is None else self._norms[places]
-
-    def of_images(self, position: Tensor | None) -> Tensor | None:
-        """[n] bool on CPU, which tokens are of images; None where none is, or positions are not known."""
-        places = None if self.images is None else self.places(position)
-        return None if places is None or self.images is None else self.images[places.cpu()]
-
-    def held_out(self, expert: int, position: Tensor | None, n: int, total: int) -> Tensor | None:
-        """[n] bool, the next tokens of an expert that are of every HELD_OUT-th of `total` sequences.
-
-        Of the last one where there are fewer; None where there is a single one. Where positions are not known, each
-        four tokens of the expert count as a sequence.
-        """
-        step = min(HELD_OUT, total)
-        if step < 2:
-            return None
-        places = self.places(position)
-        if places is None or self._norms is None:
-            start = self._counts.get(expert, 0)
-            self._counts[expert] = start + n
-            sequence = torch.arange(start, start + n) // 4
-        else:
-            length = len(self._norms) // self._sequences
-            sequence = self._first + places // length
-        return sequence % step == step - 1
-
-
-class OutputNorms:
-    """The norms of the hidden states that a decoder layer returns."""
-
-    def __init__(self) -> None:
-        self._norms: list[Tensor] = []
-
-    @property
-    def median(self) -> float:
-        """Over all tokens seen; attention sinks, whose norms are huge, do not move it."""
-        return float(torch.cat(self._norms).median())
-
-    @contextmanager
-    def observe(self, layer: nn.Module) -> Iterator[None]:
-        """While open, every call of the layer is looked at; its first output is [.., H]."""
-
-        def measure(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            y = output[0] if isinstance(output, tuple) else output
-            self._norms.append(y.detach().to(torch.float32).norm(dim=-1).flatten().cpu())
-
-        with layer.register_forward_hook(measure):
-            yield
-
-
-def carried(medians: Sequence[float]) -> list[float]:
-    """What the relative error of each layer is multiplied by, so that those of different layers compare.
-
-    A change stays in the residual stream: every later layer reads it relative to the hidden states there, and so does the
-    head, which counts as half of the layers (docs/quantization.md).
-
-    Args:
-        medians: norm of the hidden states behind each layer.
-    """
-    reads = [1 / max(norm, 1e-30) ** 2 for norm in medians]
-    head = len(reads) / 2 * reads[-1]
-    return [((sum(reads[i:-1]) + head) / reads[i]) ** 0.5 for i in range(len(reads))]
-
-
-class Outputs:
-    """What a decoder layer returns, against what it returned for the same tokens before it was changed."""
-
-    def __init__(self) -> None:
-        self._known: list[Tensor] = []
-        self._new: list[Tensor] = []
-
-    @contextmanager
-    def observe(self, layer: nn.Module) -> Iterator[None]:
-        """While open, every call of the layer is looked at; its first output is [.., H]."""
-        self._new = []
-
-        def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            y = output[0] if isinstance(output, tuple) else output
-            self._new.append(y.detach().flatten(0, -2).to("cpu", torch.float32))
-
-        with layer.register_forward_hook(keep):
-            yield
-
-    def change(self) -> float:
-        """Norm of the latest outputs' change from the first ones, 0 for those themselves.
-
-        Relative, as `output_errors` has it: a token's squared change is divided by its norm and by the median norm.
-        """
-        self._known = self._known or self._new
-        before, after = torch.cat(self._known), torch.cat(self._new)
-        norm = before.norm(dim=-1).to(torch.float64).clamp(min=1e-15)
-        squared = (after - before).square().sum(-1).to(torch.float64)
-        return float((squared / (norm * norm.median())).mean().sqrt())
-
-
-@dataclass
-class BlockChange:
-    """How much a MoE block changes its input: sums of the cosine between a token's input and output.
-
-    Attributes:
-        total: sum of the cosines.
-        tokens: tokens counted.
-    """
-
-    total: float = 0.0
-    tokens: int = 0
-
-    @property
-    def similarity(self) -> float:
-        """Mean cosine over the tokens, 1 if there were none: nothing is changed."""
-        return self.total / self.tokens if self.tokens else 1.0
-
-    @contextmanager
-    def observe(self, block: nn.Module) -> Iterator[None]:
-        """While open, every call of the block is counted; its first argument and first output are [..., H]."""
-
-        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
-            y = output[0] if isinstance(output, tuple) else output
-            cosine = functional.cosine_similarity(x.to(torch.float32), y.to(torch.float32).view_as(x), dim=-1)
-            self.total += float(cosine.sum(dtype=torch.float64))
-            self.tokens += cosine.numel()
-
-        with block.register_forward_hook(count, with_kwargs=True):
-            yield
 
 
 def output_errors(

@@ -27,7 +27,7 @@ from transformers_mcmoe.config.values import (
     as_bytes,
     as_widths,
     check,
-    is_file,
+    is_local,
     is_mixture,
     read_plan,
     refuse_unknown,
@@ -293,10 +293,10 @@ class MCMoEConfig(QuantizationConfigMixin):
         data["otp"] = self.otp.to_dict() if isinstance(self.otp, OTPConfig) else None
         # texts and token ids given in memory are not stored, and of a file its name: folders are this machine's own
         data["dataset"] = self.dataset if isinstance(self.dataset, str | dict) else None
-        if isinstance(self.dataset, Path) or (isinstance(self.dataset, str) and is_file(self.dataset)):
+        if isinstance(self.dataset, Path) or (isinstance(self.dataset, str) and is_local(self.dataset)):
             data["dataset"] = Path(self.dataset).name
         if is_mixture(self.dataset):
-            data["dataset"] = {Path(n).name if is_file(n) else str(n): share for n, share in self.dataset.items()}
+            data["dataset"] = {Path(n).name if is_local(n) else str(n): share for n, share in self.dataset.items()}
         return data
 
     def get_loading_attributes(self) -> dict[str, Any]:

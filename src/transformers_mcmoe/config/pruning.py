@@ -16,7 +16,7 @@ Options = TypeVar("Options")
 
 METHODS = ("odp", "random", "mean", "variance", "kurtosis")
 # options that thresholds depend on
-DECISIVE = ("threshold", "quantile", "rate", "protect", "drop_all", "method")
+DECISIVE = ("threshold", "quantile", "rate", "protect", "drop_all", "protect_images", "method")
 # share of a sequence's tokens that "odp" keeps whole; other methods protect none unless asked to
 PROTECT = 0.02
 
@@ -83,6 +83,8 @@ class ODPConfig:
         images = self.protect_images
         known = images is None or (is_number(images) and 0 <= images < 1)
         check(known, "protect_images", images, "a share in [0, 1), or left out")
+        together = (images or 0.0) + self.drop_all
+        check(together <= 1, "drop_all", self.drop_all, f"at most 1 - protect_images = {1 - (images or 0.0):g}")
         together = self.protect + self.drop_all  # type: ignore[operator]
         check(together <= 1, "drop_all", self.drop_all, f"at most 1 - protect = {1 - self.protect:g}")  # type: ignore[operator]
         for name in ("causal", "renormalize"):
@@ -117,6 +119,12 @@ class ODPConfig:
     def needs_attention(self) -> bool:
         """Whether tokens are ranked by their importance."""
         return bool(self.protect or self.protect_images or self.drop_all)
+
+    def protected(self, images: float) -> float:
+        """Share of all tokens that is protected, where a share of them is of images."""
+        if self.protect_images is None:
+            return self.protect or 0.0
+        return (1 - images) * (self.protect or 0.0) + images * self.protect_images
 
     @property
     def decisive(self) -> dict[str, Any]:

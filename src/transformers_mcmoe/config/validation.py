@@ -7,6 +7,7 @@ import inspect
 from typing import TYPE_CHECKING
 
 from transformers_mcmoe.config.otp import OTPConfig
+from transformers_mcmoe.config.pruning import is_number
 from transformers_mcmoe.config.values import (
     ACTIVATIONS,
     ALLOCATIONS,
@@ -76,7 +77,7 @@ def validate(config: MCMoEConfig) -> None:
         value = getattr(config, name)
         check(isinstance(value, int) and value > 0, name, value, "a positive integer")
     weight = config.image_weight
-    check(isinstance(weight, int | float) and weight > 0, "image_weight", weight, "a number > 0")
+    check(is_number(weight) and 0 < weight < float("inf"), "image_weight", weight, "a number > 0")
     names = config.modules_to_not_convert
     check(isinstance(names, list | tuple), "modules_to_not_convert", names, "a list of names or patterns")
     config.modules_to_not_convert = list(names)

@@ -41,10 +41,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def is_file(name: str) -> bool:
-    """Whether a text names a file."""
+def is_local(name: str) -> bool:
+    """Whether a text names a file or a folder."""
     try:
-        return Path(name).is_file()
+        return Path(name).exists()
     except OSError:  # a text instead of a name is too long for one; it is refused where it is read
         return False
 

@@ -82,7 +82,7 @@ def build_card(
     """
     base_model = base_model or report.get("base_model")
     facts = {**(report.get("license") or {}), **(facts or {})}
-    source, sees = report.get("calibration_source"), bool(report.get("image_tokens"))
+    source, sees = report.get("calibration_source"), bool(report.get("sees_images"))
     data: dict[str, Any] = {
         "base_model": base_model,
         "base_model_relation": "quantized" if base_model else None,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from transformers_mcmoe.calibration.statistics import OutputNorms, carried
+from transformers_mcmoe.calibration.observing import OutputNorms, carried
 from transformers_mcmoe.config import MCMoEConfig, PruneConfig, RankConfig
 from transformers_mcmoe.models.experts import FusedExperts
 from transformers_mcmoe.pipeline.kept import drops, looks, loss_sequences, most_rank, routers_for
@@ -159,30 +159,37 @@ class Dropper:
         states = self._runner.states()
         everything = range(len(self._runner.layers))
         total = sum(experts.num_experts for experts in self._structure.experts.values())
-        rows = sum(map(len, states))
+        shapes = [state.shape for state in states]
+        rows = sum(shape[0] * shape[1] for shape in shapes)
         path = self._work.path / "without_experts.bin"
-        kept = mapped_tensor(path, (total, rows, *states[0].shape[1:]), states[0].dtype)
-        sizes = list(map(len, states))
+        kept = mapped_tensor(path, (total, rows, *states[0].shape[2:]), states[0].dtype)
+
+        def put(n: int, found: Sequence[Tensor]) -> None:
+            kept[n] = torch.cat([own.flatten(0, 1) for own in found])
+
+        def get(n: int) -> list[Tensor]:
+            parts = kept[n].split([shape[0] * shape[1] for shape in shapes])
+            return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
         names: list[tuple[str, int]] = []
         for i in everything:
             with self._runner.loaded(i):
                 for n in range(len(names)):
-                    kept[n] = torch.cat(self._runner.through(i, kept[n].split(sizes)))
+                    put(n, self._runner.through(i, get(n)))
                 for module in self._inside(i):
                     count = self._structure.experts[module].num_experts
                     for expert in range(count):
                         with self.routers[module].keeping([e for e in range(count) if e != expert]):
-                            kept[len(names)] = torch.cat(self._runner.through(i, states))
+                            put(len(names), self._runner.through(i, states))
                         names.append((module, expert))
                 states = self._runner.through(i, states)
             if i in layers:
                 self._meter.layer_done()
         (dense,) = self._runner.losses([states])
-        losses = self._runner.losses(kept[n].split(sizes) for n in range(len(names)))
+        losses = self._runner.losses(get(n) for n in range(len(names)))
         for (module, _), loss in zip(names, losses, strict=True):
             # an expert without which the loss falls matters least, but a layer's share must stay finite
             self.found.importance.setdefault(module, []).append(max(loss - dense, 1e-6))
-        del kept
         path.unlink()
 
     def look(self, i: int, paths: Sequence[str], states: Sequence[Tensor] | None = None) -> dict[str, BlockOutputs]:
@@ -195,6 +202,9 @@ class Dropper:
                     self._runner.replay(i)
             else:
                 states[:] = self._runner.through(i, states)  # type: ignore[index]
+        for path, recorder in recorders.items():
+            if recorder.empty:
+                raise ValueError(self._watcher.unreached(path))
         return {path: BlockOutputs(recorder) for path, recorder in recorders.items()}
 
     @contextmanager
@@ -216,6 +226,7 @@ class Dropper:
                     self._config.tokens,
                     self._runner.calls,
                     self._together,
+                    self._watcher.tokens_of_layer(),
                 )
                 stack.enter_context(recorders[path].observe())
             yield recorders

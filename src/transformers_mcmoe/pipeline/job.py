@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from transformers_mcmoe.calibration.hessians import ExpertHessians
-from transformers_mcmoe.calibration.statistics import BlockChange, ExpertInputs
+from transformers_mcmoe.calibration.observing import BlockChange
+from transformers_mcmoe.calibration.statistics import ExpertInputs
 from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.models.stream import LayerRunner
 from transformers_mcmoe.models.structure import Structure

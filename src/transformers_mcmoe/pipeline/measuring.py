@@ -14,14 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformers_mcmoe.calibration.statistics import (
-    ExpertInputs,
-    OutputNorms,
-    Outputs,
-    carried,
-    hessian_error,
-    output_errors,
-)
+from transformers_mcmoe.calibration.observing import OutputNorms, Outputs, carried
+from transformers_mcmoe.calibration.statistics import ExpertInputs, hessian_error, output_errors
 from transformers_mcmoe.pipeline.allocating import MEASURED
 from transformers_mcmoe.pipeline.rounding import PLAIN, ExpertRounder, Packed
 from transformers_mcmoe.pipeline.watching import Watcher
@@ -31,8 +25,8 @@ from transformers_mcmoe.quantization import dequantize
 
 # the pass runs one calibration sequence in so many, but so many tokens at least
 SHARE, LEAST_TOKENS = 4, 8192
-# batches of tokens that a layer is run on with one of its linear layers rounded
-LINEAR_BATCHES = 1
+# tokens that a layer is run on, at least, with one of its linear layers rounded
+LINEAR_TOKENS = 2048
 # a width is not measured beside both of its neighbours: its error is about their geometric mean (docs/quantization.md)
 BETWEEN = {3: (2, 4)}
 
@@ -120,7 +114,7 @@ class Measurer:
                 for path in self._watcher.inside(i, self._structure.experts):
                     stack.enter_context(self._structure.experts[path].idle())
                 stack.enter_context(outputs.observe(layer))
-                self._runner.replay(i, LINEAR_BATCHES)
+                self._runner.replay(i, LINEAR_TOKENS)
             return outputs.change()
 
         run()

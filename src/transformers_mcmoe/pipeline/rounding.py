@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from transformers_mcmoe.calibration.hessians import (
+    PROBED,
     ExpertHessians,
     Hessian,
     observe_linears,
@@ -232,7 +233,7 @@ def round_linears(
     modules: dict[str, Any] = {path: runner.weights.model.get_submodule(path) for path in widths}
     groups: dict[str, list[str]] = {}
     if config.rounding == "gptq" and modules:
-        groups, busy = probe_inputs(modules, experts, lambda: runner.replay(i, 1))
+        groups, busy = probe_inputs(modules, experts, lambda: runner.replay(i, PROBED))
         for leaders in _runs(groups, modules, limit):
             hessians = _count(runner, i, {path: modules[path] for path in leaders}, [] if busy else experts)
             for leader in leaders:

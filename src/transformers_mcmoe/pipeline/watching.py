@@ -13,9 +13,11 @@ from torch import Tensor
 
 from transformers_mcmoe.calibration.hessians import DownHessians, ExpertHessians
 from transformers_mcmoe.calibration.images import sees_images
-from transformers_mcmoe.calibration.statistics import ExpertInputs, LayerTokens
+from transformers_mcmoe.calibration.observing import LayerTokens
+from transformers_mcmoe.calibration.statistics import ExpertInputs
 from transformers_mcmoe.config import MCMoEConfig, ODPConfig, OTPConfig
 from transformers_mcmoe.memory import return_free_memory
+from transformers_mcmoe.models.experts import FusedExperts
 from transformers_mcmoe.models.stream import LayerRunner
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.pipeline.allocating import MEASURED, LayerResult
@@ -49,6 +51,12 @@ class Watcher:
         self._work, self._limit = work, limit
         self.layers: dict[str, LayerResult] = {path: LayerResult() for path in structure.experts}
         self.fallbacks = [f"The whole dense model was loaded: {runner.reason}."] if runner.reason else []
+
+    def tokens_of_layer(self) -> LayerTokens:
+        """What will be known of a layer's tokens."""
+        known = self.runner.tokens
+        share = known.image_tokens() / max(1, known.numel())
+        return LayerTokens(lambda: self.runner.images, self.config.image_weight, share)
 
     def inside(self, i: int, paths: Iterable[str]) -> list[str]:
         """Those of the module paths that lie in decoder layer i."""
@@ -107,37 +115,34 @@ class Watcher:
         held_out: bool,
     ) -> None:
         """Run layer i with idle experts and record what reaches them."""
-        experts, tokens = self.structure.experts[path], LayerTokens()
+        experts, tokens = self.structure.experts[path], self.tokens_of_layer()
 
         def record(expert: int, x: Tensor, weights: Tensor | None, position: Tensor | None) -> None:
-            tokens.images = self.runner.images
+            position = tokens.find(x) if position is None else position
             held = tokens.held_out(expert, position, x.shape[0], self.runner.sequences) if held_out else None
             if inputs is not None:
-                inputs.record(expert, x, weights, tokens.norms(position), held, tokens.of_images(position))
+                seen = tokens.of_images(position), tokens.counts(position, x.shape[0])
+                inputs.record(expert, x, weights, tokens.norms(position), held, *seen)
             if hessians is not None:
                 hessians.record(expert, x if held is None else x[~held])
 
-        layer = self.structure.model.get_submodule(self.runner.layers[i])
-        with experts.idle(), experts.observe(record), tokens.observe(layer, experts.module):
+        model = self.structure.model
+        layer = model.get_submodule(self.runner.layers[i])
+        # experts of a list are called one by one, with their own tokens
+        block = None if isinstance(experts, FusedExperts) else model.get_submodule(path.rpartition(".")[0])
+        with experts.idle(), experts.observe(record), tokens.observe(layer, experts.module, block):
             self.runner.replay(i)
 
     def observe(self, i: int, path: str, hessians: ExpertHessians | None, held_out: bool = False) -> ExpertInputs:
         """Run layer i with idle experts; count and sample what reaches them."""
         experts, result = self.structure.experts[path], self.layers[path]
         samples = self._work.path / "expert_inputs.bin"
-        inputs = ExpertInputs(experts.num_experts, samples, self.config.seed, self.config.image_weight)
+        inputs = ExpertInputs(experts.num_experts, samples, self.config.seed)
         ratios = RoutingRatios(experts.num_experts)
         with record_routing(experts.module, experts, ratios):
             self._watch(i, path, hessians, inputs, held_out)
         if int(inputs.routing.tokens.sum()) == 0:
-            seen, missing = self.runner.tokens.image_tokens(), "use other calibration data"
-            if sees_images(self.structure.model.config):
-                missing = (
-                    "all of them were of images: mix in text"
-                    if seen == self.runner.tokens.numel()
-                    else ("none of them was of an image: give samples with images" if not seen else missing)
-                )
-            raise ValueError(f"No calibration token reached the experts of '{path}'; {missing}.")
+            raise ValueError(self.unreached(path))
         known = result.routing is not None
         result.routing, result.ratios = inputs.routing, ratios
         if isinstance(self.config.odp, ODPConfig) or isinstance(self.config.otp, OTPConfig):
@@ -149,6 +154,16 @@ class Watcher:
                 "taken from tokens of all experts of the layer, and those that saw none count as if they had seen one."
             )
         return inputs
+
+    def unreached(self, path: str) -> str:
+        """What to say where no token reached an experts module."""
+        known, advice = self.runner.tokens, "use other calibration data"
+        if sees_images(self.structure.model.config):
+            if not known.image_tokens():
+                advice = "none of them was of an image: give samples with images"
+            elif known.image_tokens() == known.numel():
+                advice = "all of them were of images: mix in text"
+        return f"No calibration token reached the experts of '{path}'; {advice}."
 
     def fall_back(self, reason: str) -> None:
         """Log, and keep for the report, what is done otherwise than usual."""

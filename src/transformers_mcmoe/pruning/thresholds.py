@@ -73,7 +73,8 @@ def with_thresholds(
         tables = _measure(model, odp, tokens)
     for path, table in tables.items():
         check_top_k(table.slots, path)
-    thresholds = {path: [round(level, 6) for level in table.levels(odp)] for path, table in tables.items()}
+    images = image_share(model) if recorded or tokens is None else tokens.image_tokens() / max(1, tokens.numel())
+    thresholds = {path: [round(level, 6) for level in table.levels(odp, images)] for path, table in tables.items()}
     normalized = {path: table.normalized for path, table in tables.items()}
     odp = replace(odp, thresholds=thresholds, normalized=normalized, found_for=odp.decisive)
     if odp.layers != "auto":
@@ -91,6 +92,17 @@ def recorded_ratios(model: Any) -> Mapping[str, Any] | None:
     except (OSError, ValueError) as error:
         logger.warning("Thresholds are not read from the compression's report: %s", error)
         return None
+
+
+def image_share(model: Any) -> float:
+    """Share of image tokens in the data that a packed model was calibrated on; 0 where that is not known."""
+    if quantization_config_of(model) is None:
+        return 0.0
+    try:
+        report = compression_report(model)
+    except (OSError, ValueError):
+        return 0.0
+    return report.get("image_tokens", 0) / max(1, report.get("calibration_tokens", 1))  # type: ignore[no-any-return]
 
 
 def _measure(model: Any, odp: ODPConfig, tokens: Calibration | None) -> dict[str, RatioTable]:
@@ -126,7 +138,7 @@ def _choose_layers(model: Any, odp: ODPConfig, tokens: Calibration) -> list[int]
             skipped = expert_pruning_stats(model)["prefill"]
         finally:
             pruning.detach()
-        kl = functional.kl_div(pruned, base, reduction="sum", log_target=True) / tokens.numel()
+        kl = functional.kl_div(pruned, base, reduction="batchmean", log_target=True)
         return float(kl), (skipped["bytes_skipped"] or 0.0) * skipped["bytes"]
 
     numbers = sorted({layer_of(path)[1] for path in odp.thresholds or ()})
@@ -157,7 +169,7 @@ def _chances(model: Any, tokens: Calibration) -> Tensor:
                 raise ValueError(
                     f"layers='auto' compares logits, which {type(model).__name__} has none of; load it with its head."
                 )
-            found.append(functional.log_softmax(output.logits.flatten(0, 1).to("cpu", torch.float32), dim=-1))
+            found.append(functional.log_softmax(batch.predictions(output.logits.cpu()).to(torch.float32), dim=-1))
     return torch.cat(found)
 
 

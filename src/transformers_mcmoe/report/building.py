@@ -17,6 +17,8 @@ from torch import nn
 from transformers.utils import cached_file
 
 from transformers_mcmoe.calibration.data import DEFAULT_DATASET
+from transformers_mcmoe.calibration.images import sees_images
+from transformers_mcmoe.calibration.rows import DEFAULT_IMAGES
 from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig
 from transformers_mcmoe.config.values import is_mixture
 from transformers_mcmoe.integrations.card import inherited
@@ -83,6 +85,7 @@ def build_report(model: nn.Module, config: MCMoEConfig, result: Compressed) -> d
         },
         "calibration_tokens": result.tokens,
         "image_tokens": result.image_tokens,
+        "sees_images": sees_images(model.config),
         "calibration_source": _source(config, result),
         "calibration_sha256": result.tokens_sha256,
         "plan_given": result.plan_given,
@@ -113,7 +116,7 @@ def _source(config: MCMoEConfig, result: Compressed) -> str | None:
     if not result.tokens:
         return None
     if dataset is None:
-        return str(DEFAULT_DATASET["path"])
+        return (DEFAULT_IMAGES if result.image_tokens else DEFAULT_DATASET)["path"]  # type: ignore[return-value]
     if is_mixture(dataset):
         return " + ".join(_named(name) for name in dataset)
     if isinstance(dataset, Mapping):

@@ -118,6 +118,7 @@ class ExpertPruning:
         images = image_token_ids(self._model.config)
         if ranks and images:
             self._handles.append(self._model.register_forward_pre_hook(call.see(images), with_kwargs=True))
+            self._handles.append(self._model.register_forward_hook(call.unsee))
         if ranks:
             self._handles.append(owner.register_forward_hook(call.keep))
         return call

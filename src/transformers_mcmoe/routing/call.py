@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transformers_mcmoe.calibration.images import KINDS
+
 # attribute of a KV cache: statistics of the tokens in it, so that they are copied with it and live as long
 SEEN = "mcmoe_seen"
 # comparisons held at a time
@@ -79,10 +81,19 @@ class Call:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = kwargs.get("input_ids", args[0] if args else None)
             self.images = None
-            if isinstance(given, Tensor) and not given.is_floating_point():
+            if not isinstance(given, Tensor) or given.is_floating_point():
+                return
+            kinds = next((kwargs[name] for name in KINDS if isinstance(kwargs.get(name), Tensor)), None)
+            if kinds is not None and kinds.shape == given.shape:
+                self.images = kinds != 0
+            else:
                 self.images = torch.isin(given, torch.tensor(sorted(ids), device=given.device))
 
         return hook
+
+    def unsee(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A post-hook of the whole model: what calls of a part of it see is not known."""
+        self.images = None
 
     def of_images(self, value: Tensor) -> Tensor:
         """[B, T] bool on the device of a value [B, T], tokens that stand for parts of images."""

@@ -47,6 +47,7 @@ class ThresholdPruning(LayerPruning):
     ) -> None:
         super().__init__(name, renormalize, call, expert_bytes, skip)
         self.odp, self.levels, self._importance = odp, list(levels), importance
+        self._kind: bool | None = None  # whether the experts are given tokens of images, if of one kind alone
         self._random = torch.Generator().manual_seed(odp.seed + zlib.crc32(name.encode()))
 
     @torch.no_grad()
@@ -103,8 +104,21 @@ class ThresholdPruning(LayerPruning):
     def _tokens(self, share: float | None, index: Tensor, least: bool = False, images: bool | None = None) -> Tensor:
         assert self._importance is not None
         assert share is not None
-        self._check(self._call.shape, index)
-        return self._importance.select(share, least, images)
+        own = self._own(index)
+        if own is None:
+            self._check(self._call.shape, index)
+        chosen = self._importance.select(share, least, images)
+        return chosen if own is None else chosen[own]
+
+    def _own(self, index: Tensor) -> Tensor | None:
+        """[B * T] bool, the tokens of the call that these experts were given, where they get those of images or of text alone."""
+        shape, seen = self._call.shape, self._call.images
+        if shape is None or seen is None or seen.shape != shape or len(index) == seen.numel():
+            return None
+        fits = [kind for kind in (True, False) if int((seen == kind).sum()) == len(index)]
+        if len(fits) == 1:
+            self._kind = fits[0]
+        return (seen == self._kind).flatten() if self._kind in fits else None
 
     def _check(self, shape: tuple[int, int] | None, index: Tensor) -> None:
         if shape is None or shape[0] * shape[1] != len(index):

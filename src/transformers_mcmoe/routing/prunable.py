@@ -85,10 +85,11 @@ def check_prunable(model: Any, odp: ODPConfig) -> None:
     chosen_layers(found, odp)
     if (slots := slots_of(model)) is not None:
         check_top_k(slots, next(iter(found)))
-        most = (1 - odp.protect) * (slots - 1) / slots  # type: ignore[operator]
+        least = min(odp.protected(0.0), odp.protected(1.0))  # how many tokens are of images is not known yet
+        most = (1 - least) * (slots - 1) / slots
         if odp.rate is not None and odp.rate > most + odp.drop_all:
             raise ValueError(
-                f"rate={odp.rate} cannot be met: with {slots} experts per token and protect={odp.protect} about "
+                f"rate={odp.rate} cannot be met: with {slots} experts per token and protect={least:g} about "
                 f"{most:.2f} of the routed bytes can be skipped; lower it."
             )
     if odp.needs_attention:

@@ -104,8 +104,8 @@ class RatioTable:
         """K."""
         return len(self.ranks) + 1
 
-    def levels(self, odp: ODPConfig) -> list[float]:
-        """What a layer's pruning goes by, see `ODPConfig.thresholds`.
+    def levels(self, odp: ODPConfig, images: float = 0.0) -> list[float]:
+        """What a layer's pruning goes by, see `ODPConfig.thresholds`; a share of the tokens is of images.
 
         Protected tokens skip nothing: the others skip more, so that the rate is met.
 
@@ -117,10 +117,11 @@ class RatioTable:
         if odp.rate is None:
             return [_read(rank, 0.5 if odp.quantile is None else odp.quantile) for rank in self.ranks]
         # some tokens skip nothing and some everything; the others make up the rest of the rate
-        most = (1 - odp.protect - odp.drop_all) * self.droppable  # type: ignore[operator]
+        protect = odp.protected(images)
+        most = (1 - protect - odp.drop_all) * self.droppable
         if not odp.drop_all <= odp.rate <= most + odp.drop_all:
             raise ValueError(
-                f"rate={odp.rate} cannot be met: with protect={odp.protect} and drop_all={odp.drop_all} the share of the "
+                f"rate={odp.rate} cannot be met: with protect={protect:g} and drop_all={odp.drop_all} the share of the "
                 f"routed expert bytes that is skipped lies in [{odp.drop_all:.3f}, {most + odp.drop_all:.3f}]; change it."
             )
         share = (odp.rate - odp.drop_all) / most if most else 0.0

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transformers_mcmoe.calibration.statistics import LayerTokens
+from transformers_mcmoe.calibration.observing import LayerTokens
 from transformers_mcmoe.models.experts import FusedExperts, forward_as
 from transformers_mcmoe.models.routers import Router
 
@@ -85,6 +85,7 @@ class BlockRecorder:
         most: tokens that are kept at most, as many of each call.
         calls: how often the layer will be run.
         together: blocks that are looked at together, which share the memory for inner products.
+        tokens: what will be known of the layer's tokens.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class BlockRecorder:
         most: int,
         calls: int = 1,
         together: int = 1,
+        tokens: LayerTokens | None = None,
     ) -> None:
         self._layer, self._block, self._experts, self._router = layer, block, experts, router
         self._relative = relative
@@ -105,7 +107,8 @@ class BlockRecorder:
         self._most = min(most, max(1, PRODUCTS // (4 * self._columns**2 * together)))
         self._each = -(-self._most // calls)
         self._rows: list[Tensor] = []  # of the tokens of each call that are kept
-        self._tokens = LayerTokens()
+        self._tokens = tokens or LayerTokens()
+        self._counts: list[Tensor] = []
         self._x: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._given: list[Tensor] = []  # routing weights as the experts were given them
@@ -117,6 +120,11 @@ class BlockRecorder:
     def full(self) -> bool:
         """Whether enough tokens are recorded."""
         return sum(map(len, self._x)) >= self._most
+
+    @property
+    def empty(self) -> bool:
+        """Whether no token reached the experts."""
+        return not self._x
 
     @contextmanager
     def observe(self) -> Iterator[None]:
@@ -131,6 +139,7 @@ class BlockRecorder:
                 self._rows.append(taken)
                 self._x.append(x[taken].detach())
                 self._norms.append(torch.zeros_like(x[taken, 0]) if norms is None else norms[taken])
+                self._counts.append(self._tokens.counts(torch.arange(len(x)), len(x))[taken.cpu()])
                 self._given.append(self._dense(index, weights)[taken])
                 # both were called with these tokens a moment ago
                 self._calls.append(last["router"])
@@ -217,11 +226,14 @@ class BlockRecorder:
 
     def factor(self) -> Tensor:
         """[T] float64, see `BlockOutputs`."""
-        norms = torch.cat([own.to(self._x[0].device) for own in self._norms]).to(torch.float64)
-        if not self._relative:
-            return torch.ones_like(norms)
-        norms = norms.clamp(min=1e-15)
-        return 1 / (norms * norms.median())
+        device = self._x[0].device
+        norms = torch.cat([own.to(device) for own in self._norms]).to(torch.float64)
+        counts = torch.cat(self._counts).to(device, torch.float64)
+        known = norms > 0  # others are of tokens whose places in the layer are not known
+        if not self._relative or not bool(known.any()):
+            return counts
+        median = norms[known].median()
+        return counts / (torch.where(known, norms, median) * median)
 
 
 def _copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

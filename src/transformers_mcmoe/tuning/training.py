@@ -171,7 +171,7 @@ class Tuning:
         student = self._logits(batch)
         with torch.no_grad(), self._returning(self._teacher.hidden[one]):
             teacher = self._logits(Batch(batch.ids, {}))
-        return divergence(teacher, student)
+        return divergence(batch.predictions(teacher), batch.predictions(student))
 
     def _recomputed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A decoder layer's forward that keeps its input only."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformers_mcmoe.calibration.hessians import ExpertHessians, Hessian, observe_linears, probe_inputs
+from transformers_mcmoe.calibration.hessians import PROBED, ExpertHessians, Hessian, observe_linears, probe_inputs
 from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.integrations.lora.layers import LoraExperts, LoraPackedLinear
 from transformers_mcmoe.models.experts import Experts
@@ -197,7 +197,7 @@ class _Initializer:
         if not modules:
             return
         inside = [e for path, e in self._structure.experts.items() if path.startswith(self._runner.layers[i] + ".")]
-        groups, busy = probe_inputs(modules, inside, lambda: self._runner.replay(i, 1))
+        groups, busy = probe_inputs(modules, inside, lambda: self._runner.replay(i, PROBED))
         hessians = {p: Hessian.zeros(1, modules[p].weight.shape[1], modules[p].weight.device) for p in groups}
         with ExitStack() as stack:
             for experts in [] if busy else inside:

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from transformers_mcmoe.calibration.sequences import Sequences
 from transformers_mcmoe.models.stream.checkpoint import Weights
-from transformers_mcmoe.models.stream.runner import HiddenStates, LastLayer, LayerRunner, model_inputs, squared_norm
+from transformers_mcmoe.models.stream.runner import (
+    HiddenStates,
+    LastLayer,
+    LayerRunner,
+    first_batches,
+    model_inputs,
+    squared_norm,
+)
 
 
 class LoadedRunner(LayerRunner):
@@ -57,8 +64,8 @@ class LoadedRunner(LayerRunner):
         assert kept is not None
         return kept
 
-    def replay(self, i: int, batches: int | None = None) -> None:
-        self._replay(i, self._batches[:batches])
+    def replay(self, i: int, tokens: int | None = None) -> None:
+        self._replay(i, first_batches(self._batches, self.tokens, tokens))
 
     def advance(self, i: int) -> float:
         return self._replay(i, self._batches)

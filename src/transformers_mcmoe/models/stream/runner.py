@@ -68,8 +68,8 @@ class LayerRunner(ABC):
         """Layer i with its weights."""
 
     @abstractmethod
-    def replay(self, i: int, batches: int | None = None) -> None:
-        """Run layer i on all tokens, or on the first batches of them, for the sake of hooks; nothing is kept."""
+    def replay(self, i: int, tokens: int | None = None) -> None:
+        """Run layer i on all tokens, or on the first batches that have so many, for the sake of hooks; nothing is kept."""
 
     @abstractmethod
     def advance(self, i: int) -> float:
@@ -78,7 +78,7 @@ class LayerRunner(ABC):
     def states(self, judged: bool = False) -> list[Tensor]:
         """Copies of what enters the next layer, [B, T, H] of every batch, or of those that are judged only.
 
-        None where layers do not run apart.
+        There are none where layers do not run apart.
         """
         return []
 
@@ -129,6 +129,14 @@ def model_inputs(model: Any, batch: Batch) -> dict[str, Any]:
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = batch.ids
     return inputs
+
+
+def first_batches(batches: Sequence[slice], sequences: Sequences, tokens: int | None) -> Sequence[slice]:
+    """The first batches that have so many tokens together, or all."""
+    if tokens is None:
+        return batches
+    sizes = itertools.accumulate(sum(map(len, sequences.ids[batch])) for batch in batches)
+    return batches[: next((n for n, size in enumerate(sizes, 1) if size >= tokens), len(batches))]
 
 
 def squared_norm(x: Tensor) -> float:

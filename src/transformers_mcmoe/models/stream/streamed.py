@@ -16,7 +16,14 @@ from transformers_mcmoe.calibration.sequences import Batch, Sequences
 from transformers_mcmoe.memory import return_free_memory
 from transformers_mcmoe.models.experts.base import forward_as
 from transformers_mcmoe.models.stream.checkpoint import Weights, unload
-from transformers_mcmoe.models.stream.runner import HiddenStates, LastLayer, LayerRunner, model_inputs, squared_norm
+from transformers_mcmoe.models.stream.runner import (
+    HiddenStates,
+    LastLayer,
+    LayerRunner,
+    first_batches,
+    model_inputs,
+    squared_norm,
+)
 from transformers_mcmoe.models.stream.spill import Spill, on_device
 
 # tokens whose logits are held at once
@@ -220,11 +227,11 @@ class LayerStream(LayerRunner):
             unload(module)
 
     def _run(self, i: int, index: int) -> Tensor:
-        batch = self._batches[index]
-        self.images = None if self.tokens.are_text else self.tokens.images(batch.start)
         return self._call(i, index, self._hidden[self._batches[index]].to(self.weights.device))
 
     def _call(self, i: int, index: int, hidden: Tensor) -> Tensor:
+        batch = self._batches[index]
+        self.images = None if self.tokens.are_text else self.tokens.images(batch.start)
         args, kwargs = self._arguments[index][i]
         if not self.tokens.are_text:
             args, kwargs = on_device((args, kwargs), self.weights.device)
@@ -253,7 +260,9 @@ class LayerStream(LayerRunner):
         total, count = 0.0, 0
         with self._with_head():
             for batch, mine, theirs in zip(self._batches, states, dense, strict=False):
-                for row, own, other in zip(self.tokens.ids[batch], mine, theirs, strict=True):
+                for n, own, other in zip(range(*batch.indices(len(self.tokens))), mine, theirs, strict=True):
+                    scored = self.tokens.scored(n)
+                    row, own, other = (x[scored.to(x.device)] for x in (self.tokens.ids[n], own, other))
                     count += len(row)
                     for part in zip(row.split(HEAD), own.split(HEAD), other.split(HEAD), strict=True):
                         tokens, *states_of = (x[None] for x in part)
@@ -264,11 +273,11 @@ class LayerStream(LayerRunner):
     def _loss(self, states: Sequence[Tensor]) -> float:
         total, count = 0.0, 0
         for batch, hidden in zip(self._batches, states, strict=False):
-            for row, own in zip(self.tokens.ids[batch], hidden, strict=True):
-                count += len(row) - 1
-                for tokens, wanted, part in zip(
-                    row[:-1].split(HEAD), row[1:].split(HEAD), own[:-1].split(HEAD), strict=True
-                ):
+            for n, own in zip(range(*batch.indices(len(self.tokens))), hidden, strict=True):
+                row, scored = self.tokens.ids[n], self.tokens.scored(n)[:-1]
+                count += int(scored.sum())
+                parts = (row[:-1][scored], row[1:][scored], own[:-1][scored.to(own.device)])
+                for tokens, wanted, part in zip(*(x.split(HEAD) for x in parts), strict=True):
                     logits = self._logits(tokens[None], part[None])[0].to(torch.float32)
                     total += float(functional.cross_entropy(logits, wanted.to(logits.device), reduction="sum"))
         return total / count
@@ -310,8 +319,9 @@ class LayerStream(LayerRunner):
             kept[part] = self._hidden[part]
         return kept
 
-    def replay(self, i: int, batches: int | None = None) -> None:
-        for index in range(len(self._batches))[self._skipped :][:batches]:
+    def replay(self, i: int, tokens: int | None = None) -> None:
+        start = self._skipped
+        for index in range(start, start + len(first_batches(self._batches[start:], self.tokens, tokens))):
             self._run(i, index)
 
     def advance(self, i: int) -> float:

@@ -91,7 +91,8 @@ class CostMeter:
             begin = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
             stack.callback(begin.remove)
             with torch.enable_grad():
-                logits = self._model(**model_inputs(self._model, batch)).logits.flatten(0, -2).to(torch.float32)
+                logits = self._model(**model_inputs(self._model, batch)).logits.to(torch.float32)
+                logits = batch.predictions(logits)
                 chances = logits.detach().softmax(-1).to("cpu")
                 labels = torch.multinomial(chances, 1, generator=self._generator).to(logits.device)
                 logits.log_softmax(-1).gather(-1, labels).sum().backward()

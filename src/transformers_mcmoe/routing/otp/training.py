@@ -9,6 +9,7 @@ wanted share of slots is skipped: layers and tokens compete for what is kept.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -108,7 +109,8 @@ class RouterTraining:
         self, otp: OTPConfig, routed: Routed, matrices: Mapping[str, Matrices], batches: Sequence[Batch]
     ) -> OTPConfig:
         """The options with shifts by which the wanted share is skipped while layers before are pruned, too."""
-        few = batches[: max(1, SETTLING_TOKENS // batches[0].numel())]
+        sizes = itertools.accumulate(batch.numel() for batch in batches)
+        few = batches[: max(1, sum(size <= SETTLING_TOKENS for size in sizes))]
         shift = -math.inf  # keeps everything
         for _ in range(SETTLING):
             points = self._points(routed, matrices, few, shift)
@@ -151,7 +153,8 @@ class RouterTraining:
             optimizer.zero_grad()
             with torch.enable_grad():
                 student = routed.logits(batch, matrices, otp.shift, temperature, self._random)  # type: ignore[arg-type]
-                kl, share = divergence(teacher, student), torch.cat(routed.kept).mean()
+                kl = divergence(batch.predictions(teacher), batch.predictions(student))
+                share = torch.cat(routed.kept).mean()
                 price = price or float(kl.detach())
                 (kl + price * share).backward()
             optimizer.step()
@@ -172,11 +175,12 @@ class RouterTraining:
         self, routed: Routed, matrices: Mapping[str, Matrices], batches: Sequence[Batch], otp: OTPConfig
     ) -> float:
         """Mean KL divergence on batches of which the wanted share of slots is skipped."""
-        total, shift = 0.0, shift_for(self._points(routed, matrices, batches, otp.shift), otp.share)
+        total, count, shift = 0.0, 0, shift_for(self._points(routed, matrices, batches, otp.shift), otp.share)
         for batch in batches:
             teacher = self._model(**model_inputs(self._model, batch)).logits.to(torch.float32)
-            total += float(divergence(teacher, routed.logits(batch, matrices, shift)))
-        return total / len(batches)
+            pair = (batch.predictions(teacher), batch.predictions(routed.logits(batch, matrices, shift)))
+            total, count = total + float(divergence(*pair)) * len(pair[0]), count + len(pair[0])
+        return total / count
 
 
 def renormalized(otp: OTPConfig) -> dict[str, bool]:
