@@ -10,7 +10,7 @@ import torch
 from example_data import EXAMPLES
 from transformers import AutoModelForImageTextToText
 
-from transformers_mcmoe import MCMoEConfig, compression_report, train_expert_pruning
+from transformers_mcmoe import MCMoEConfig, compression_report, expert_pruning_stats, train_expert_pruning
 from transformers_mcmoe.evaluation import evaluate_samples
 
 DEMO = EXAMPLES / "demo-vlm"
@@ -50,7 +50,7 @@ def test_images_are_drawn_alike(shapes):
 
 
 def test_compressed_it_answers_as_the_dense_one(shapes, processor, dense):
-    """At 2.57 bits, calibrated on few images; then with a fifth of the experts skipped."""
+    """At 2.57 bits, calibrated on few images."""
     held_out = [shapes.draw(10_000_000 + n) for n in range(300)]
     rows = [shapes.row(shapes.draw(20_000_000 + n)) for n in range(128)]
     expected = shapes.predict(dense, processor, held_out)
@@ -66,9 +66,18 @@ def test_compressed_it_answers_as_the_dense_one(shapes, processor, dense):
     assert shapes.accuracy(found, processor, held_out)["all"] > right - 0.06
     scores = evaluate_samples(model, [shapes.row(sample) for sample in held_out[:50]], dense, processor=processor)
     assert 0 < scores.kl < 0.5
+
+
+@pytest.mark.slow
+def test_a_fifth_of_the_experts_skipped(shapes, processor, dense):
+    held_out = [shapes.draw(10_000_000 + n) for n in range(300)]
+    rows = [shapes.row(shapes.draw(20_000_000 + n)) for n in range(128)]
+    right = shapes.accuracy(shapes.predict(dense, processor, held_out), processor, held_out)["all"]
+    model = AutoModelForImageTextToText.from_pretrained(DEMO, dtype=torch.float32).eval()
     train_expert_pruning(model, rows, 0.2, processor=processor, num_samples=64, seq_len=64)
     pruned = shapes.accuracy(shapes.predict(model, processor, held_out), processor, held_out)["all"]
-    assert pruned > right - 0.1
+    assert pruned > right - 0.06
+    assert 0.15 < expert_pruning_stats(model)["prefill"]["slots_skipped"] < 0.25
 
 
 @pytest.mark.slow
