@@ -124,15 +124,21 @@ def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
 
 
-def variants(model: Any, calibration: Path | None) -> Iterator[str]:
+def variants(model: Any, tokenizer: Any, calibration: Path | None) -> Iterator[str]:
     """The model as it is, "", and, given a calibration text, with rule-based and with learned expert pruning."""
     from transformers_mcmoe import set_expert_pruning, train_expert_pruning
 
     yield ""
     if calibration is not None:
-        set_expert_pruning(model, dataset=str(calibration), num_samples=16, seq_len=1024)
+        data: dict[str, Any] = {
+            "dataset": str(calibration),
+            "tokenizer": tokenizer,
+            "num_samples": 16,
+            "seq_len": 1024,
+        }
+        set_expert_pruning(model, **data)
         yield " + ODP"
-        train_expert_pruning(model, str(calibration))
+        train_expert_pruning(model, **data)
         yield " + OTP"
 
 
@@ -157,14 +163,15 @@ def main() -> None:
         write_docs()
         return
     dense = AutoModelForCausalLM.from_pretrained(options.dense, dtype=torch.float32)
-    maker = Maker(AutoTokenizer.from_pretrained(options.dense), options.text.read_text(encoding="utf-8"), options.seed)
+    tokenizer = AutoTokenizer.from_pretrained(options.dense)
+    maker = Maker(tokenizer, options.text.read_text(encoding="utf-8"), options.seed)
     sets = {task: list(items(maker, task, dense, options.items, options.tried)) for task in TASKS}
     del dense
     print({task: len(own) for task, own in sets.items()}, flush=True)
     for named in options.models:
         name, _, folder = named.partition("=")
         model = load(Path(folder))
-        for variant in variants(model, options.calibration if name in options.pruned else None):
+        for variant in variants(model, tokenizer, options.calibration if name in options.pruned else None):
             solved = {task: sum(item.solved(model) for item in own) for task, own in sets.items()}
             row = {"row": name + variant, "model": options.dense.name, "text": options.text.name, "seed": options.seed}
             row |= {"items": {task: len(own) for task, own in sets.items()}, "solved": solved} | here()

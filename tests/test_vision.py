@@ -329,7 +329,11 @@ class TestData:
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": str(tmp_path / "x.png")}}, "8"]}],
         ]
         picture(2).save(tmp_path / "x.png")
-        found = self.read(rows, 3)
+        # an image of a part that is beside the messages, too, is one; empty fields are none
+        rows.append({"messages": rows[2], "images": [str(tmp_path / "x.png")], "image": ""})
+        found = self.read(rows, 4)
+        assert torch.equal(found.ids[2], found.ids[3])
+        found = self.read(rows, 4)[:3]
         assert [ids[ids < IMAGE].tolist() for ids in found.ids] == [[5, 6, 7], [6], [8]]
         assert [int(own.nonzero()[0]) for own in map(found.images, range(3))] == [2, 1, 1]
 
@@ -421,6 +425,14 @@ class TestData:
         ]
         with pytest.raises(ValueError, match="has a part of type 'video'; calibration takes text and images"):
             self.read([video], 1)
+        with pytest.raises(ValueError, match="has a part of type 'text'"):
+            self.read([[{"role": "user", "content": [{"type": "text", "content": "5"}]}, {"image": picture(0)}]], 1)
+        with pytest.raises(ValueError, match="has videos or sounds"):
+            self.read([{"text": "5", "videos": ["a.mp4"], "image": picture(0)}], 1)
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "empty" / "data.jsonl").write_text("\n")
+        with pytest.raises(ValueError, match="has no image in any of its 0 samples"):
+            self.read(tmp_path / "empty")
         with pytest.raises(ValueError, match="has a message of type str"):
             self.read([{"messages": ["5 6"]}], 1)
         file.unlink()

@@ -226,7 +226,7 @@ def _file_texts(path: Path) -> list[str]:
     if path.suffix == ".txt":
         return [path.read_text(encoding="utf-8")]
     if path.suffix in (".jsonl", ".json"):
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
         return [_field(_json(line, path, number), path) for number, line in enumerate(lines, 1) if line.strip()]
     if path.suffix == ".parquet":
         from datasets import Dataset  # imports pandas and pyarrow; only where it is needed

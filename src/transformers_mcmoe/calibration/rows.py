@@ -28,7 +28,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SOURCES = ("image", "path", "url", "image_url")
 _ROLES = {"human": "user", "gpt": "assistant"}
 _MARKS = ("<image>", "<|image|>")
-# rows of a stream that are looked at for images
+# rows of a stream or a file that are looked at for images
 LOOKED_AT = 64
 
 
@@ -62,13 +62,13 @@ class Row:
         turns, images = self._parts()
         parts = [part for turn in turns for part in turn["content"]]
         open_places = [part for part in parts if part["type"] == "image" and "image" not in part]
-        if images and not open_places:
+        if images and not any(part["type"] == "image" for part in parts):
             first = next((turn for turn in turns if turn["role"] == "user"), turns[0])
             first["content"] = [{"type": "image", "image": image} for image in images] + first["content"]
-        elif len(images) != len(open_places):
+        elif len(images) != len(open_places) and (open_places or len(images) != len(_pictures(parts))):
             raise ValueError(f"{self.name} has {len(images)} images for {len(open_places)} places in its text.")
-        else:
-            for part, image in zip(open_places, images, strict=True):
+        else:  # images that all parts already have are given twice
+            for part, image in zip(open_places, images, strict=False):
                 part["image"] = image
         for part in (part for turn in turns for part in turn["content"] if part["type"] == "image"):
             part["image"] = self._load(part["image"])
@@ -79,6 +79,8 @@ class Row:
         row = self._get()
         if not isinstance(row, Mapping):
             return self._turns(row), []
+        if any(_listed(row.get(key)) for key in ("video", "videos", "audio", "audios")):
+            raise ValueError(f"{self.name} has videos or sounds; calibration takes text and images.")
         images = [image for key in IMAGES for image in _listed(row.get(key))]
         if not images:
             names = (name for key in FILES for name in _listed(row.get(key)))
@@ -95,13 +97,13 @@ class Row:
         for turn in given if isinstance(given, list | tuple) else [given]:
             if not isinstance(turn, Mapping):
                 raise ValueError(f"{self.name} has a message of type {type(turn).__name__}, which must be a dict.")
-            if "from" in turn:
+            if isinstance(turn.get("from"), str):
                 said = {_ROLES.get(turn["from"], turn["from"]): turn.get("value")}
-            elif "role" in turn:
+            elif isinstance(turn.get("role"), str):
                 said = {turn["role"]: turn.get("content")}
             else:
                 said = {role: turn[role] for role in ("system", "user", "assistant") if role in turn}
-            if not said:
+            if not said or not all(isinstance(role, str) for role in said):
                 raise ValueError(f"{self.name} has a message without a role (it has {sorted(map(str, turn))}).")
             turns += [{"role": role, "content": self._content(content, marked)} for role, content in said.items()]
         if not turns:
@@ -117,11 +119,11 @@ class Row:
                 parts += _texts(part, marked)
                 continue
             kind = part.get("type") if isinstance(part, Mapping) else None
-            source = (
-                next((part[key] for key in SOURCES if part.get(key) is not None), None) if kind != "text" else None
-            )
-            if kind == "text" or (kind is None and isinstance(part.get("text"), str)):
-                parts += _texts(str(part["text"]), marked)
+            given = part if isinstance(part, Mapping) else {}
+            source = next((given[key] for key in SOURCES if given.get(key) is not None), None)
+            text = part.get("text") if isinstance(part, Mapping) else None
+            if isinstance(text, str) and kind in ("text", None):
+                parts += _texts(text, marked)
             elif kind in ("image", "image_url") or (kind is None and source is not None):
                 source = source.get("url") if kind == "image_url" and isinstance(source, Mapping) else source
                 parts.append({"type": "image"} if source is None else {"type": "image", "image": source})
@@ -156,7 +158,13 @@ def _fixed(row: Any) -> Callable[[], Any]:
 
 
 def _listed(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    return [value for value in values if value is not None and (not isinstance(value, str) or value)]
+
+
+def _pictures(parts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those of the parts of messages that are images."""
+    return [part for part in parts if part["type"] == "image"]
 
 
 def _texts(text: str, marked: bool) -> list[dict[str, Any]]:
@@ -208,7 +216,7 @@ def rows_with_images(dataset: Any, seed: int, sees: bool) -> Iterable[Row] | Non
             found = _table(path)
         else:
             return None
-        return found if any(row.has_images() for row in found) else None
+        return found if any(row.has_images() for row in _some(found)) else None
     if isinstance(dataset, Mapping | str):
         names = ("path", "subset", "split", "field")
         source = dict(zip(names, dataset.split(":"), strict=False)) if isinstance(dataset, str) else dataset
@@ -218,8 +226,13 @@ def rows_with_images(dataset: Any, seed: int, sees: bool) -> Iterable[Row] | Non
     return None
 
 
+def _some(rows: list[Row]) -> list[Row]:
+    """Rows that say whether a file is one with images: spread over it."""
+    return [rows[n * len(rows) // LOOKED_AT] for n in range(LOOKED_AT)] if len(rows) > LOOKED_AT else rows
+
+
 def _lines(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -229,12 +242,15 @@ def _lines(path: Path) -> Iterator[Row]:
 
 
 def _table(path: Path) -> list[Row]:
-    from datasets import Dataset, Image
+    from datasets import Dataset, Image, List
 
     table = Dataset.from_parquet(str(path))
     for name, feature in table.features.items():
+        # their bytes, until one is needed
         if isinstance(feature, Image):
-            table = table.cast_column(name, Image(decode=False))  # their bytes, until one is needed
+            table = table.cast_column(name, Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), Image):
+            table = table.cast_column(name, List(Image(decode=False)))
     return [
         Row(functools.partial(table.__getitem__, n), f"row {n} of '{path}'", path.parent) for n in range(len(table))
     ]
@@ -244,7 +260,8 @@ def _checked(rows: list[Row], name: str) -> list[Row]:
     for row in rows:  # a row that cannot be read is named rather than counted as one without images
         if row.has_images():
             return rows
-    rows[0].messages()
+    if rows:
+        rows[0].messages()
     raise ValueError(f"{name} has no image in any of its {len(rows)} samples; give {EXPECTED}, or text.")
 
 

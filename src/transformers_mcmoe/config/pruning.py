@@ -135,7 +135,9 @@ class ODPConfig:
     def calibrated(self) -> bool:
         """Whether thresholds are known: found for these options, or given by hand."""
         known = self.thresholds is not None and self.normalized is not None and self.layers != "auto"
-        return known and (self.found_for is None or dict(self.found_for) == self.decisive)
+        # options that are newer than the thresholds had their defaults
+        older = {name: getattr(type(self), name) for name in DECISIVE}
+        return known and (self.found_for is None or {**older, **self.found_for} == self.decisive)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

@@ -108,7 +108,7 @@ class ThresholdPruning(LayerPruning):
         if own is None:
             self._check(self._call.shape, index)
         chosen = self._importance.select(share, least, images)
-        return chosen if own is None else chosen[own]
+        return chosen if own is None else chosen[own.to(chosen.device)]
 
     def _own(self, index: Tensor) -> Tensor | None:
         """[B * T] bool, the tokens of the call that these experts were given, where they get those of images or of text alone."""
@@ -118,6 +118,8 @@ class ThresholdPruning(LayerPruning):
         fits = [kind for kind in (True, False) if int((seen == kind).sum()) == len(index)]
         if len(fits) == 1:
             self._kind = fits[0]
+        elif fits and self._kind is None:  # as many of either: modules for images are named so
+            return (seen == ("vision" in self.name)).flatten()
         return (seen == self._kind).flatten() if self._kind in fits else None
 
     def _check(self, shape: tuple[int, int] | None, index: Tensor) -> None:

@@ -132,9 +132,11 @@ def model_inputs(model: Any, batch: Batch) -> dict[str, Any]:
 
 
 def first_batches(batches: Sequence[slice], sequences: Sequences, tokens: int | None) -> Sequence[slice]:
-    """The first batches that have so many tokens together, or all."""
+    """The first batches that have so many tokens together, or all; one of text, which is as large as batches may be."""
     if tokens is None:
         return batches
+    if sequences.are_text:
+        return batches[:1]  # as many as they may have
     sizes = itertools.accumulate(sum(map(len, sequences.ids[batch])) for batch in batches)
     return batches[: next((n for n, size in enumerate(sizes, 1) if size >= tokens), len(batches))]
 
