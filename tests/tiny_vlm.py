@@ -13,24 +13,22 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tiny import _SHARED, VOCABULARY, _base
+from tiny import _SHARED, TINY, _base
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 IMAGE, VIDEO = 310, 311  # ids of placeholders
 START, END = 312, 313
 _TEXT: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
-_QWEN = {
+_PATCHES = {
     "depth": 2,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_heads": 2,
     "patch_size": 4,
     "spatial_merge_size": 2,
-    "temporal_patch_size": 1,
-    "out_hidden_size": 64,
-    "num_position_embeddings": 64,
 }
+_QWEN = _PATCHES | {"temporal_patch_size": 1, "out_hidden_size": 64, "num_position_embeddings": 64}
 _TOKENS = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
@@ -76,17 +74,7 @@ VLMS: dict[str, dict[str, Any]] = {
                 "partial_rotary_factor": 0.5,
             },
         ),
-        "vision_config": {
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "patch_size": 4,
-            "image_size": 32,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 1,
-            "out_hidden_size": 64,
-        },
+        "vision_config": _PATCHES | {"image_size": 32, "temporal_patch_size": 1, "out_hidden_size": 64},
         "image_start_token_id": START,
         "image_end_token_id": END,
         "image_token_id": IMAGE,
@@ -101,24 +89,14 @@ VLMS: dict[str, dict[str, Any]] = {
             mlp_layer_types=["dense", "sparse"],
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 4]},
         ),
-        "vision_config": {
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-            "temporal_merge_size": 2,
-        },
+        "vision_config": _PATCHES | {"temporal_merge_size": 2},
         "image_token_id": IMAGE,
         "image_start_token_id": START,
         "image_end_token_id": END,
         "video_token_id": VIDEO,
     },
     "aria": {
-        "text_config": _base(
-            moe_num_experts=8, moe_topk=2, moe_num_shared_experts=1, intermediate_size=32, head_dim=16
-        ),
+        "text_config": TINY["aria_text"],
         "vision_config": {
             "model_type": "idefics3_vision",
             "hidden_size": 32,
@@ -132,16 +110,7 @@ VLMS: dict[str, dict[str, Any]] = {
         "image_token_index": IMAGE,
     },
     "llama4": {
-        "text_config": _base(
-            intermediate_size=32,
-            intermediate_size_mlp=48,
-            num_local_experts=8,
-            num_experts_per_tok=1,
-            head_dim=16,
-            interleave_moe_layer_step=2,
-            attention_chunk_size=32,
-            layer_types=["chunked_attention", "full_attention"],
-        ),
+        "text_config": TINY["llama4_text"],
         "vision_config": {
             "hidden_size": 32,
             "num_hidden_layers": 2,
@@ -157,20 +126,7 @@ VLMS: dict[str, dict[str, Any]] = {
         "image_token_index": IMAGE,
     },
     "gemma4": {
-        "text_config": _base(
-            enable_moe_block=True,
-            num_experts=8,
-            top_k_experts=2,
-            moe_intermediate_size=32,
-            expert_intermediate_size=32,
-            head_dim=16,
-            global_head_dim=16,
-            layer_types=["sliding_attention", "full_attention"],
-            sliding_window=16,
-            hidden_size_per_layer_input=0,
-            num_kv_shared_layers=0,
-            vocab_size_per_layer_input=VOCABULARY,
-        ),
+        "text_config": TINY["gemma4_text"],
         "vision_config": {
             "hidden_size": 32,
             "intermediate_size": 48,
