@@ -49,6 +49,7 @@ def test_images_are_drawn_alike(shapes):
     assert kinds == set(shapes.KINDS)
 
 
+@pytest.mark.slow
 def test_compressed_it_answers_as_the_dense_one(shapes, processor, dense):
     """At 2.57 bits, calibrated on few images."""
     held_out = [shapes.draw(10_000_000 + n) for n in range(300)]

@@ -162,6 +162,7 @@ def test_streamed_equals_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert compression_report(model)["image_tokens"] == 8 * 16
 
 
+@pytest.mark.slow
 def test_tuning_and_learned_pruning_use_images(tmp_path: Path):
     folder = save_vlm("aria", tmp_path / "dense")
     config = image_config("aria", tuning_steps=2, otp={"target": 0.2, "objective": "layers"})
@@ -553,7 +554,8 @@ def test_many_experts(tmp_path: Path):
     )
 
 
-@pytest.mark.parametrize("family", families(["qwen3_vl_moe", "ernie4_5_vl_moe"], ["qwen3_vl_moe"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "ernie4_5_vl_moe"])
 @pytest.mark.parametrize(
     "options",
     [
