@@ -60,12 +60,12 @@ class Row:
             ValueError: an image cannot be read, the row has neither text nor messages, or its images do not fit their marks.
         """
         turns, images = self._parts()
-        parts = [part for turn in turns for part in turn["content"]]
-        open_places = [part for part in parts if part["type"] == "image" and "image" not in part]
-        if images and not any(part["type"] == "image" for part in parts):
+        places = [part for turn in turns for part in turn["content"] if part["type"] == "image"]
+        open_places = [part for part in places if "image" not in part]
+        if images and not places:
             first = next((turn for turn in turns if turn["role"] == "user"), turns[0])
             first["content"] = [{"type": "image", "image": image} for image in images] + first["content"]
-        elif len(images) != len(open_places) and (open_places or len(images) != len(_pictures(parts))):
+        elif len(images) != len(open_places) and (open_places or len(images) != len(places)):
             raise ValueError(f"{self.name} has {len(images)} images for {len(open_places)} places in its text.")
         else:  # images that all parts already have are given twice
             for part, image in zip(open_places, images, strict=False):
@@ -118,10 +118,9 @@ class Row:
             if isinstance(part, str):
                 parts += _texts(part, marked)
                 continue
-            kind = part.get("type") if isinstance(part, Mapping) else None
             given = part if isinstance(part, Mapping) else {}
+            kind, text = given.get("type"), given.get("text")
             source = next((given[key] for key in SOURCES if given.get(key) is not None), None)
-            text = part.get("text") if isinstance(part, Mapping) else None
             if isinstance(text, str) and kind in ("text", None):
                 parts += _texts(text, marked)
             elif kind in ("image", "image_url") or (kind is None and source is not None):
@@ -160,11 +159,6 @@ def _fixed(row: Any) -> Callable[[], Any]:
 def _listed(value: Any) -> list[Any]:
     values = list(value) if isinstance(value, list | tuple) else [value]
     return [value for value in values if value is not None and (not isinstance(value, str) or value)]
-
-
-def _pictures(parts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Those of the parts of messages that are images."""
-    return [part for part in parts if part["type"] == "image"]
 
 
 def _texts(text: str, marked: bool) -> list[dict[str, Any]]:
