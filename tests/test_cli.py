@@ -2,6 +2,7 @@
 """The command line: compression, errors in one sentence, and a kill that loses nothing."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from transformers_mcmoe import backend_info, compression_report
 from transformers_mcmoe.cli import app
+from transformers_mcmoe.report import REPORT_NAME
 from transformers_mcmoe.routing import attached
 
 
@@ -126,8 +128,17 @@ def test_killed_run_leaves_the_old_output_and_can_be_repeated(dense, tmp_path):
     running.wait()
     assert {file.name: file.read_bytes() for file in output.iterdir()} == before
     assert layer.exists()
+    shutil.copytree(layer.parent, tmp_path / ".other.mcmoe-work")
     again = CliRunner().invoke(app, _arguments(dense, output, "--seed", "1"))
     assert again.exit_code == 0, again.output
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    refused = CliRunner().invoke(app, _arguments(dense, tmp_path / "other", "--seed", "2", "--resume"))
+    assert refused.exit_code == 1
+    assert "holds a compression of another config" in " ".join(refused.output.split())
+    resumed = CliRunner().invoke(app, _arguments(dense, tmp_path / "other", "--seed", "1", "--resume"))
+    assert resumed.exit_code == 0, resumed.output
+    for file in output.iterdir():
+        if file.name != REPORT_NAME:  # it has times
+            assert file.read_bytes() == (tmp_path / "other" / file.name).read_bytes(), file.name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
     model = load_class(output).from_pretrained(output, dtype=torch.float32)
     assert compression_report(model)["seed"] == 1

@@ -83,7 +83,7 @@ def test_the_better_plan_is_kept(folder, monkeypatch, tried, better, tmp_path):
     sliced = [isinstance(module, SlicedRouter) for name, module in model.named_modules() if name.endswith("mlp.gate")]
     assert any(sliced) == (better == "joint")
     names = sorted(file.name for file in (tmp_path / "work").glob("*.safetensors"))
-    assert names == [f"{'joint' if better == 'joint' else 'layer'}-{i:05d}.safetensors" for i in range(2)]
+    assert names == [f"{name}-{i:05d}.safetensors" for name in ("joint", "layer") for i in range(2)]
     report = compression_report(model)
     assert report["compared_plans"] == {
         "widths": 0.2 if better == "joint" else 0.1,

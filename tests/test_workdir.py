@@ -15,76 +15,98 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from transformers_mcmoe import workdir
-from transformers_mcmoe.workdir import FINGERPRINT, WorkDir, check_replaceable, fingerprint, replace_directory
+from transformers_mcmoe.pipeline.journal import Journal, Record
+from transformers_mcmoe.workdir import (
+    FINGERPRINT,
+    WorkDir,
+    check_replaceable,
+    fingerprint,
+    is_begun,
+    replace_directory,
+)
 
 Usage = namedtuple("Usage", "total used free")
+MARK = {"model": "mark", "config": "mark"}
 
 
 class TestClaim:
     def test_new_folder(self, tmp_path: Path):
         path = tmp_path / "a" / "b"
-        WorkDir(path, "mark").claim(0)
-        assert json.loads((path / FINGERPRINT).read_text(encoding="utf-8")) == {"fingerprint": "mark"}
+        WorkDir(path, MARK).claim(0)
+        assert json.loads((path / FINGERPRINT).read_text(encoding="utf-8"))["marks"] == MARK
         assert [file.name for file in path.iterdir()] == [FINGERPRINT]
 
     def test_empty_folder(self, tmp_path: Path):
-        WorkDir(tmp_path, "mark").claim(0)
+        WorkDir(tmp_path, MARK).claim(0)
         assert (tmp_path / FINGERPRINT).is_file()
 
     def test_again(self, tmp_path: Path):
-        work = WorkDir(tmp_path, "mark")
+        work = WorkDir(tmp_path, MARK)
         work.claim(0)
         file = work.write_layer(0, {"a": torch.zeros(2)})
-        WorkDir(tmp_path, "mark").claim(0)
+        work.write_record("layers-00000", {}, {})
+        WorkDir(tmp_path, MARK).claim(0, resume=True)
         assert file.is_file()
+        assert is_begun(tmp_path)
+        WorkDir(tmp_path, MARK).claim(0)
+        assert not file.exists()
+        assert not is_begun(tmp_path)
+
+    def test_other_number_of_threads(self, tmp_path: Path, caplog):
+        WorkDir(tmp_path, MARK).claim(0)
+        known = json.loads((tmp_path / FINGERPRINT).read_text(encoding="utf-8"))
+        (tmp_path / FINGERPRINT).write_text(json.dumps(known | {"threads": 99}), encoding="utf-8")
+        WorkDir(tmp_path, MARK).claim(0, resume=True)
+        assert "was begun with 99 threads" in caplog.text
 
     def test_other_compression(self, tmp_path: Path):
-        WorkDir(tmp_path, "mark").claim(0)
-        with pytest.raises(
-            ValueError, match="holds a compression of another model, config, dataset or version; choose"
-        ):
-            WorkDir(tmp_path, "other").claim(0)
-        assert json.loads((tmp_path / FINGERPRINT).read_text(encoding="utf-8")) == {"fingerprint": "mark"}
+        WorkDir(tmp_path, MARK).claim(0)
+        for resume in (True, False):
+            with pytest.raises(ValueError, match="holds a compression of another config; choose"):
+                WorkDir(tmp_path, MARK | {"config": "other"}).claim(0, resume)
+            with pytest.raises(ValueError, match="holds a compression of another model and config; choose"):
+                WorkDir(tmp_path, dict.fromkeys(MARK, "other")).claim(0, resume)
+        assert json.loads((tmp_path / FINGERPRINT).read_text(encoding="utf-8"))["marks"] == MARK
 
     def test_foreign_files(self, tmp_path: Path):
         (tmp_path / "thesis.tex").write_text("mine", encoding="utf-8")
         with pytest.raises(ValueError, match="holds files that are not ours; choose an empty or a new folder"):
-            WorkDir(tmp_path, "mark").claim(0)
+            WorkDir(tmp_path, MARK).claim(0)
         assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
     def test_folder_is_named(self, tmp_path: Path):
         (tmp_path / "x").mkdir()
         with pytest.raises(ValueError, match=str(tmp_path)):
-            WorkDir(tmp_path, "mark").claim(0)
+            WorkDir(tmp_path, MARK).claim(0)
 
     def test_too_little_disk(self, tmp_path: Path, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 5 * 10**9))
         message = r"has 5\.00 GB free, but up to 7\.30 GB are needed; choose a work_dir on a larger disk"
         with pytest.raises(OSError, match=message):
-            WorkDir(tmp_path, "mark").claim(7_300_000_000)
+            WorkDir(tmp_path, MARK).claim(7_300_000_000)
         assert not (tmp_path / FINGERPRINT).exists()
-        WorkDir(tmp_path, "mark").claim(5 * 10**9)
+        WorkDir(tmp_path, MARK).claim(5 * 10**9)
         assert (tmp_path / FINGERPRINT).exists()
 
 
 class TestLayers:
     def test_write(self, tmp_path: Path):
         tensors = {"a": torch.arange(6, dtype=torch.uint8).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
-        path = WorkDir(tmp_path, "mark").write_layer(7, tensors)
+        path = WorkDir(tmp_path, MARK).write_layer(7, tensors)
         assert path == tmp_path / "layer-00007.safetensors"
         loaded = load_file(path)
         assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
         with safe_open(path, "pt") as file:
-            assert file.metadata() == {"format": "pt", "fingerprint": "mark"}
+            assert file.metadata()["format"] == "pt"
         assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
     def test_names_sort_by_layer(self, tmp_path: Path):
-        work = WorkDir(tmp_path, "mark")
+        work = WorkDir(tmp_path, MARK)
         files = [work.write_layer(i, {}) for i in (2, 10, 9, 100)]
         assert sorted(files) == [files[0], files[2], files[1], files[3]]
 
     def test_interrupted(self, tmp_path: Path, monkeypatch):
-        work = WorkDir(tmp_path, "mark")
+        work = WorkDir(tmp_path, MARK)
         path = work.write_layer(0, {"a": torch.zeros(4)})
 
         def save(tensors: Any, file: Path, **kwargs: Any) -> None:
@@ -102,14 +124,39 @@ class TestLayers:
         work.clean()
         assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
+    def test_records_are_whole_or_absent(self, tmp_path: Path, monkeypatch):
+        journal = Journal(WorkDir(tmp_path, MARK))
+        first = Record({"a": [1, 0.1]}, {"x": torch.arange(3)}, 2.5, ["a reason"])
+        journal.write("allocate", 0, first)
+        journal.write("allocate", 2, first)  # there is none of layer 1
+        (known,) = journal.records("allocate", 5)
+        assert (known.data, known.seconds, known.fallbacks) == (first.data, 2.5, ["a reason"])
+        assert torch.equal(known.tensors["x"], first.tensors["x"])
+        assert journal.once("value", lambda: 3) == journal.once("value", lambda: 4) == 3
+        monkeypatch.setattr(workdir, "save_file", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            journal.write("allocate", 1, first)
+        assert len(journal.records("allocate", 5)) == 1
+
+    def test_record_of_a_layer_whose_file_is_gone(self, tmp_path: Path):
+        work = WorkDir(tmp_path, MARK)
+        journal = Journal(work)
+        file = work.write_layer(0, {})
+        journal.write("layers", 0, Record({"file": file.name}))
+        assert len(journal.records("layers", 1)) == 1
+        file.unlink()
+        assert journal.records("layers", 1) == []
+
     def test_clean(self, tmp_path: Path):
-        work = WorkDir(tmp_path, "mark")
+        work = WorkDir(tmp_path, MARK)
         work.claim(0)
         work.write_layer(0, {"a": torch.zeros(4)})
-        for name in ("hidden.bin", "inputs-0.bin", "layer-00001.tmp", "keep.txt"):
+        for name in ("inputs-0.bin", "layer-00001.tmp", "layers-00001.hidden", "keep.txt"):
             (tmp_path / name).write_bytes(b"x")
         work.clean()
-        work.clean()
+        assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".safetensors", ".txt", ".hidden"}
+        work.clean(finished=True)
+        work.clean(finished=True)
         assert {file.name for file in tmp_path.iterdir()} == {FINGERPRINT, "layer-00000.safetensors", "keep.txt"}
 
 
@@ -138,7 +185,8 @@ class TestFingerprint:
             fingerprint(self.PARTS, [self._file(tmp_path / "size", size=5)]),
             fingerprint(self.PARTS, []),
         ]
-        assert len(set(marks)) == len(marks)
+        assert len({tuple(sorted(mark.items())) for mark in marks}) == len(marks)
+        assert [name for name in marks[0] if marks[0][name] != marks[1][name]] == ["version"]
 
 
 def _folder(path: Path, content: str) -> Path:

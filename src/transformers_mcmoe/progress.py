@@ -73,15 +73,23 @@ class Meter:
         self._hidden = callback is not None or not transformers_logging.is_progress_bar_enabled()
         self._bar: Any = None
         self._stage, self._unit, self._layers, self._layer, self._started = "", "layer", 0, 0, time.monotonic()
+        self._known = 0  # layers that an earlier run has finished
 
     def start(self, stage: str, layers: int, unit: str = "layer") -> None:
         """Begin a stage of so many layers, or other units."""
         self._stage, self._layers, self._layer, self._started = stage, layers, 0, time.monotonic()
-        self._unit = unit
+        self._unit, self._known = unit, 0
         self.close()
         if not self._hidden:
             self._bar = tqdm(total=layers, unit=unit, desc=stage.capitalize())
         self._report(0, 0)
+
+    def known(self, layers: int) -> None:
+        """So many layers were finished by an earlier run."""
+        self._layer += layers
+        self._known += layers
+        if self._bar is not None:
+            self._bar.update(layers)
 
     def expert_done(self, expert: int, experts: int) -> None:
         """One expert of the current layer is done."""
@@ -105,7 +113,7 @@ class Meter:
     def _report(self, expert: int, experts: int) -> Progress:
         seconds = time.monotonic() - self._started
         done = self._layer + (expert / experts if experts else 0)
-        eta = seconds / done * (self._layers - done) if self._layer else None
+        eta = seconds / (done - self._known) * (self._layers - done) if self._layer > self._known else None
         step = Progress(self._stage, self._layer, self._layers, expert, experts, seconds, eta, anonymous_memory())
         if self._callback is not None:
             self._callback(step)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -21,19 +22,31 @@ from torch import Tensor
 
 from transformers_mcmoe.progress import size
 
+logger = logging.getLogger(__name__)
+
 FINGERPRINT = "fingerprint.json"
+# subfolder of what is known of finished steps
+RECORDS = "records"
+# files that serve a running compression
+SCRATCH = ("*.bin", "*.tmp")
+# those that it can go on with
+STATES = "*.hidden"
 # pieces of every checkpoint file that tell two fine-tunes of one model apart
-_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 20
 
 
-def fingerprint(parts: Mapping[str, Any], files: Sequence[str | Path]) -> str:
-    """Hash of everything a compression's result depends on.
+def fingerprint(parts: Mapping[str, Any], files: Sequence[str | Path]) -> dict[str, str]:
+    """Hashes of everything a compression's result depends on, by name.
 
     Args:
         parts: JSON-serialisable settings (versions, configs, a hash of the data).
         files: the dense checkpoint, told apart by names, sizes, headers and samples of their content.
     """
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    marks = {
+        name: hashlib.sha256(json.dumps(part, sort_keys=True, default=str).encode()).hexdigest()
+        for name, part in parts.items()
+    }
+    digest = hashlib.sha256()
     for file in files:
         path = Path(file)
         digest.update(f"{path.name}:{path.stat().st_size}:".encode())
@@ -42,7 +55,7 @@ def fingerprint(parts: Mapping[str, Any], files: Sequence[str | Path]) -> str:
             for part in range(_SAMPLES):
                 handle.seek(path.stat().st_size * part // _SAMPLES)
                 digest.update(handle.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+    return {"checkpoint": digest.hexdigest(), **marks}
 
 
 class WorkDir:
@@ -50,17 +63,18 @@ class WorkDir:
 
     Args:
         path: the folder; it is made if need be.
-        mark: fingerprint of the compression.
+        marks: fingerprint of the compression, by what it is of.
     """
 
-    def __init__(self, path: Path, mark: str) -> None:
-        self.path, self.mark = path, mark
+    def __init__(self, path: Path, marks: Mapping[str, str]) -> None:
+        self.path, self._marks = path, dict(marks)
 
-    def claim(self, need: int) -> None:
+    def claim(self, need: int, resume: bool = False) -> None:
         """Make the folder this compression's.
 
         Args:
             need: bytes that it will take at most.
+            resume: keep what is finished of this compression; else it begins anew.
 
         Raises:
             ValueError: the folder holds something else, or another compression.
@@ -69,33 +83,74 @@ class WorkDir:
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / FINGERPRINT
         if file.is_file():
-            if json.loads(file.read_text(encoding="utf-8")).get("fingerprint") != self.mark:
-                raise ValueError(
-                    f"work_dir '{self.path}' holds a compression of another model, config, dataset or version; "
-                    "choose another folder or delete this one."
-                )
-        elif any(self.path.iterdir()):
+            self._check(json.loads(file.read_text(encoding="utf-8")))
+            if not resume:
+                self._clear()
+        elif {other.name for other in self.path.iterdir()} - {f"{FINGERPRINT}.tmp"}:
             raise ValueError(f"work_dir '{self.path}' holds files that are not ours; choose an empty or a new folder.")
-        free = shutil.disk_usage(self.path).free
+        there = sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        free = shutil.disk_usage(self.path).free + there
         if free < need:
             raise OSError(
                 f"work_dir '{self.path}' has {size(free)} free, but up to {size(need)} are needed; "
                 "choose a work_dir on a larger disk."
             )
-        write_whole(file, json.dumps({"fingerprint": self.mark}))
+        write_whole(file, json.dumps({"marks": self._marks, "threads": torch.get_num_threads()}))
+
+    def _check(self, known: Mapping[str, Any]) -> None:
+        marks = known.get("marks", {})
+        others = [name for name, mark in self._marks.items() if marks.get(name) != mark]
+        if others:
+            raise ValueError(
+                f"work_dir '{self.path}' holds a compression of another {' and '.join(others)}; "
+                "choose another folder or delete this one."
+            )
+        if known.get("threads") != torch.get_num_threads():
+            logger.warning(
+                "work_dir '%s' was begun with %s threads, and this run has %d: sums may be rounded otherwise.",
+                *(self.path, known.get("threads"), torch.get_num_threads()),
+            )
 
     def write_layer(self, index: int, tensors: dict[str, Tensor], name: str = "layer") -> Path:
         """Write the packed tensors of one layer: all of them or none."""
         path = self.path / f"{name}-{index:05d}.safetensors"
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"format": "pt", "fingerprint": self.mark})
-        os.replace(temporary, path)
+        # one entry: several would come in any order, and files would differ
+        self._write(path, tensors, {"format": "pt"})
         return path
 
-    def clean(self) -> None:
-        """Remove hidden states and samples; finished layers stay."""
-        for file in [*self.path.glob("*.bin"), *self.path.glob("*.tmp")]:
+    def record(self, name: str) -> Path:
+        """Where what is known of a finished step lies."""
+        return self.path / RECORDS / f"{name}.safetensors"
+
+    def write_record(self, name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+        """Write what is known of a finished step: all of it or nothing."""
+        self.record(name).parent.mkdir(exist_ok=True)
+        self._write(self.record(name), tensors, header)
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+        temporary = path.with_suffix(".tmp")
+        save_file(tensors, temporary, metadata=header)
+        with temporary.open("r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    def clean(self, finished: bool = False) -> None:
+        """Remove samples, and hidden states where no run will go on with them; finished layers stay."""
+        for pattern in (*SCRATCH, *([STATES] if finished else [])):
+            for file in self.path.rglob(pattern):
+                file.unlink()
+
+    def _clear(self) -> None:
+        """Remove all that an earlier run of the same compression left."""
+        self.clean(finished=True)
+        shutil.rmtree(self.path / RECORDS, ignore_errors=True)
+        for file in [*self.path.glob("*-[0-9]*.safetensors"), *self.path.glob("*.states")]:
             file.unlink()
+
+
+def is_begun(path: Path) -> bool:
+    """Whether a layer is finished in a work folder, so that a run could go on there."""
+    return any((path / RECORDS).glob("*-[0-9]*.safetensors"))
 
 
 def mapped_tensor(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -145,29 +145,6 @@ def _marks(x: Tensor) -> Tensor:
     return (bits * factors).sum(-1)
 
 
-class OutputNorms:
-    """The norms of the hidden states that a decoder layer returns."""
-
-    def __init__(self) -> None:
-        self._norms: list[Tensor] = []
-
-    @property
-    def median(self) -> float:
-        """Over all tokens seen; attention sinks, whose norms are huge, do not move it."""
-        return float(torch.cat(self._norms).median())
-
-    @contextmanager
-    def observe(self, layer: nn.Module) -> Iterator[None]:
-        """While open, every call of the layer is looked at; its first output is [.., H]."""
-
-        def measure(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            y = output[0] if isinstance(output, tuple) else output
-            self._norms.append(y.detach().to(torch.float32).norm(dim=-1).flatten().cpu())
-
-        with layer.register_forward_hook(measure):
-            yield
-
-
 def carried(medians: Sequence[float]) -> list[float]:
     """What the relative error of each layer is multiplied by, so that those of different layers compare.
 

@@ -19,7 +19,7 @@ from transformers_mcmoe.cli.options import compression_options, config_of
 from transformers_mcmoe.integrations.hub import copy_tokenizer
 from transformers_mcmoe.progress import duration, size
 from transformers_mcmoe.report import REPORT_NAME, compression_report
-from transformers_mcmoe.workdir import FINGERPRINT, check_replaceable, recover_directory, replace_directory
+from transformers_mcmoe.workdir import FINGERPRINT, check_replaceable, is_begun, recover_directory, replace_directory
 
 
 @command("compress", "Compress")
@@ -46,7 +46,7 @@ def compress(
     work = _sibling(output, "work") if own_work else options["work_dir"]
     recover_directory(output)
     check_replaceable(output, REPORT_NAME)
-    if own_work:
+    if own_work and not options["resume"]:
         clear_leftovers(work)
     finished = False
     try:
@@ -56,10 +56,13 @@ def compress(
         save(packed, model, output)
         finished = True
     finally:
-        # a run that is killed leaves its folders, one that is interrupted or fails does not
+        # a run that is killed leaves its folders; one that is interrupted or fails only layers that it has finished
         shutil.rmtree(_sibling(output, "new"), ignore_errors=True)
-        if own_work:
+        kept = not finished and is_begun(work)
+        if own_work and not kept:
             clear_leftovers(work)
+        if kept:
+            say(f"Finished layers are kept in '{work}'; the same command with --resume goes on with them.")
         if not finished and output.exists():
             say(f"'{output}' is as it was.")
     report = compression_report(packed)

@@ -55,7 +55,7 @@ def plan(
     found = read_config(model)
     if is_packed(found):
         raise Refused(f"'{model}' is packed already; give the dense model it was made from.")
-    config = config_of(options)
+    config = config_of(options, resume=False)
     kind = _dtype(dtype, found)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with torch.device("meta"):

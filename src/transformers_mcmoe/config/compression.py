@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 QUANT_METHOD = "mcmoe"
 FORMAT_VERSION = 1
 # belong to one run on one machine, never stored
-RUNTIME = ("tokenizer", "processor", "work_dir", "max_memory", "target_size", "device", "progress", "asked")
+RUNTIME = ("tokenizer", "processor", "work_dir", "max_memory", "target_size", "device", "progress", "asked", "resume")
 
 
 class MCMoEConfig(QuantizationConfigMixin):
@@ -102,6 +102,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         modules_to_not_convert: names or patterns of modules that stay as they are.
         seed: seed of every random choice.
         work_dir: folder for hidden states and finished layers; default a temporary one.
+        resume: go on with what an earlier run of the same compression has finished in `work_dir`, if it has.
         max_memory: bytes (or "12GB") that compression may take; checked against the estimate before it starts.
         device: where layers are run; default "cpu".
         plan: a plan (dict, or path of a JSON file, also a packed model's config.json) that is used instead of the allocation; GPTQ still needs a dataset.
@@ -157,6 +158,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         modules_to_not_convert: Sequence[str] | None = None,
         seed: int = 0,
         work_dir: str | Path | None = None,
+        resume: bool = False,
         max_memory: int | str | None = None,
         device: str | torch.device | None = None,
         plan: Mapping[str, Any] | str | Path | Plan | None = None,
@@ -195,6 +197,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = modules_to_not_convert or []
         self.seed = seed
         self.work_dir = Path(work_dir) if work_dir is not None else None
+        self.resume = resume
         self.max_memory = max_memory
         self.device = torch.device(device) if device is not None else None
         self.plan = read_plan(plan)

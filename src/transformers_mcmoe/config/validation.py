@@ -53,7 +53,9 @@ def validate(config: MCMoEConfig) -> None:
     }
     for name, allowed in choices.items():
         check(getattr(config, name) in allowed, name, getattr(config, name), f"one of {allowed}")
-    for name in ("symmetric", "integer_zeros", "act_order", "sequential"):
+    known = not config.resume or config.work_dir is not None
+    check(known, "resume", config.resume, "False without the work_dir of the run to go on with")
+    for name in ("symmetric", "integer_zeros", "act_order", "sequential", "resume"):
         check(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
     check(isinstance(config.damping, int | float) and 0 <= config.damping < 1, "damping", config.damping, "in [0, 1)")
     check(config.granularity == "expert" or config.whole, "granularity", config.granularity, NEEDS_MODEL)

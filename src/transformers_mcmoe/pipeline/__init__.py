@@ -157,8 +157,9 @@ def _prepared(
         limit = hessian_memory(structure, config, dtype)
         # a run that needs no data still looks at what layers are given
         tokens = Calibration(torch.zeros(1, 8, dtype=torch.int64)) if calibration is None else calibration
-        work = WorkDir(work_dir, fingerprint_of(structure, config, checkpoint_files, tokens))
-        work.claim(disk_need(structure, config, tokens.numel(), dtype) + image_need(structure, tokens, dtype))
+        work = WorkDir(work_dir, fingerprint_of(structure, config, checkpoint_files, tokens, dtype))
+        need = disk_need(structure, config, tokens.numel(), dtype) + image_need(structure, tokens, dtype)
+        work.claim(need, config.resume)
         stack.callback(work.clean)
         runner = open_runner(
             structure.model,
@@ -179,6 +180,7 @@ def _prepared(
         job = Job(structure, runner, config, budgets, work, meter, limit)
         job.seconds["prepare"] = time.monotonic() - started
         yield job, structure, calibration
+        work.clean(finished=True)
 
 
 def unread_patterns(structure: Structure, replaced: Sequence[str]) -> set[str]:

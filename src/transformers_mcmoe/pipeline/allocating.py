@@ -7,9 +7,11 @@ Knows measurements, budgets and the solver; it does not know how anything was me
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from transformers_mcmoe.allocation import SCORES, solve, uniform
 from transformers_mcmoe.allocation.significance import ExpertStatistics, layers_by_change
@@ -42,6 +44,39 @@ class LayerResult:
     role_errors: dict[str, dict[int, list[float]]] = field(default_factory=dict)
     hessian_errors: dict[int, list[float]] = field(default_factory=dict)
     starved: list[int] = field(default_factory=list)
+
+    def to_record(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """JSON form, and tensors by name."""
+        tensors = {} if self.routing is None else dict(vars(self.routing))
+        data: dict[str, Any] = {
+            "errors": pairs(self.errors),
+            "role_errors": {role: pairs(errors) for role, errors in self.role_errors.items()},
+            "hessian_errors": pairs(self.hessian_errors),
+            "starved": self.starved,
+            "ratios": None,
+        }
+        if self.ratios is not None:
+            data["ratios"], counts = self.ratios.to_record()
+            tensors |= counts
+        return data, tensors
+
+    @classmethod
+    def from_record(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LayerResult:
+        """Inverse of `to_record`."""
+        names = [part.name for part in fields(RoutingStatistics)]
+        return cls(
+            RoutingStatistics(*(tensors[name] for name in names)) if names[0] in tensors else None,
+            None if data["ratios"] is None else RoutingRatios.from_record(data["ratios"], tensors),
+            dict(data["errors"]),
+            {role: dict(errors) for role, errors in data["role_errors"].items()},
+            dict(data["hessian_errors"]),
+            list(data["starved"]),
+        )
+
+
+def pairs(table: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
+    """A mapping whose keys JSON has not, as it has it."""
+    return list(table.items())
 
 
 class Allocator:

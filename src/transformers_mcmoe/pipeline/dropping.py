@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from transformers_mcmoe.calibration.observing import OutputNorms, carried
+from transformers_mcmoe.calibration.observing import carried
 from transformers_mcmoe.config import MCMoEConfig, PruneConfig, RankConfig
 from transformers_mcmoe.models.experts import FusedExperts
 from transformers_mcmoe.pipeline.kept import drops, looks, loss_sequences, most_rank, routers_for
@@ -142,10 +142,7 @@ class Dropper:
                 for path, outputs in self.look(i, self._inside(i)).items():
                     self.found.importance[path] = leave_one_out(outputs)
                     del outputs
-                returned = OutputNorms()
-                with returned.observe(self._structure.model.get_submodule(self._runner.layers[i])):
-                    self._runner.advance(i)
-                medians.append(returned.median)
+                medians.append(self._runner.advance(i).median)
             self._meter.layer_done()
         if self._relative:
             for i, factor in zip(layers, carried(medians), strict=True):

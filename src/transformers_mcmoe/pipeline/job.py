@@ -1,42 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stages over the decoder layers of one model: measure, allocate, round, write.
 
-Knows the order of things; how a matrix is rounded (`rounding`) or named (`writing`) is not its business.
+Knows the order of things and what of them is finished; what is done to a layer (`measuring`, `quantizing`) is not its business.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from transformers_mcmoe.calibration.hessians import ExpertHessians
 from transformers_mcmoe.calibration.observing import BlockChange
-from transformers_mcmoe.calibration.statistics import ExpertInputs
 from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.models.stream import LayerRunner
 from transformers_mcmoe.models.structure import Structure
-from transformers_mcmoe.pipeline.allocating import MEASURED, Allocator
+from transformers_mcmoe.pipeline.allocating import Allocator
 from transformers_mcmoe.pipeline.dropping import Dropped, Dropper
 from transformers_mcmoe.pipeline.joint import JointProgram, Measured
+from transformers_mcmoe.pipeline.journal import Journal, Record
 from transformers_mcmoe.pipeline.kept import kept_counts, least_paying
 from transformers_mcmoe.pipeline.measuring import Measurer
 from transformers_mcmoe.pipeline.prepare import budgets_of
-from transformers_mcmoe.pipeline.rounding import ExpertRounder, Packed, rebuilt
+from transformers_mcmoe.pipeline.quantizing import LayerQuantizer
 from transformers_mcmoe.pipeline.watching import Watcher
 from transformers_mcmoe.pipeline.writing import Writer
-from transformers_mcmoe.plan import ROLES, ExpertWidths, Plan
+from transformers_mcmoe.plan import ExpertWidths, Plan
 from transformers_mcmoe.progress import Meter
 from transformers_mcmoe.tuning import Teacher, sequences_for
 from transformers_mcmoe.workdir import WorkDir
 
 # how often what a plan drops is tried on the dense model
 CORRECTIONS = 3
+# name of the pass that measures
+ALLOCATE = "allocate"
 
 
 class Job:
@@ -83,9 +85,13 @@ class Job:
             )
         if config.joint and config.plan is None:
             self._joint = JointProgram(self._watcher, config, Dropper(self._watcher, config, work, meter))
-        self._measurer = Measurer(self._watcher, meter, self._joint.measure if self._joint is not None else None)
+            runner.spared = frozenset({ALLOCATE})  # what dense layers return is compared with
+        self._measurer = Measurer(self._watcher, meter, self._joint)
+        self._quantizer = LayerQuantizer(self._watcher, self._measurer, config, work, meter)
+        self._journal = Journal(work)
         self.layers, self.fallbacks = self._watcher.layers, self._watcher.fallbacks
         self.seconds: dict[str, float] = {}
+        self._earlier = 0.0  # seconds of the stage's layers that a run before this one has finished
         self.dropped: Dropped | None = None
         self.compared: dict[str, float] | None = None
         self._dense: list[Tensor] = []
@@ -99,7 +105,6 @@ class Job:
         count = min(len(tokens), sequences_for(self._config.tuning_steps, tokens.length))
         stages = len(self._runner.layers)
         hidden = self._timed("teach", lambda: self._runner.outputs(count, path, self._meter.layer_done), stages)
-        self._runner.restart()
         return Teacher(tokens[: len(hidden)], hidden, self._runner.layers)
 
     def run(self) -> tuple[Plan, list[Path]]:
@@ -112,10 +117,8 @@ class Job:
             plan = plan if plan.linears else Plan(plan.experts, self._structure.linears)
         elif config.allocation == "bsp":
             plan = self._timed("allocate", self._allocate_blocks)
-            self._runner.restart()
         elif config.budget == "model" and config.allocation != "uniform":
             plan = self._timed("allocate", self._allocate_model)
-            self._runner.restart()
             if self._joint is not None:
                 return self._better(plan)
         return self._timed("quantize", lambda: self._quantize(plan))
@@ -129,27 +132,24 @@ class Job:
             return self._timed("quantize", lambda: self._quantize(widths))
         start = len(self.fallbacks)
         plan, files = self._timed("quantize", lambda: self._quantize(widths, judged=True))
-        found = {"widths": self._runner.divergence(self._runner.states(judged=True), self._dense)}
+        found = {"widths": self._journal.once("divergence of widths", self._divergence)}
         joint = self._corrected(widths, measured, found["widths"])
         if joint is None:
             return plan, files
         before, known, middle = self.writer, copy.deepcopy(self.layers), len(self.fallbacks)
         self.writer = Writer(self._structure, self._runner.weights.targets)
         self._structure.follow(joint)
-        self._runner.restart()
         chosen, others = self._timed("quantize the joint plan", lambda: self._quantize(joint, "joint", judged=True))
-        found["joint"] = self._runner.divergence(self._runner.states(judged=True), self._dense)
+        found["joint"] = self._journal.once("divergence of the joint plan", self._divergence)
         self.compared = found
         if found["joint"] < found["widths"]:
-            plan, files, others = chosen, others, files
+            plan, files = chosen, others
             del self.fallbacks[start:middle]  # notes of the plan that is not taken
         else:
             self._structure.keep_all()
             self.writer = before
             self.layers.update(known)
             del self.fallbacks[middle:]
-        for file in others:
-            file.unlink()
         return plan, files
 
     def _corrected(self, widths: Plan, measured: Measured, divergence: float) -> Plan | None:
@@ -161,7 +161,7 @@ class Job:
         assert self._joint is not None
         unit = divergence / self._joint.costs(widths, measured)[0]
         absence = 1.0
-        for _ in range(CORRECTIONS):
+        for turn in range(CORRECTIONS):
             joint = self._joint.plan(widths, measured, absence)
             if joint is None:
                 return None
@@ -169,7 +169,8 @@ class Job:
             if not dropped:
                 return joint
             self._structure.follow(joint)
-            ratio = self._timed("try without them", self._judge) / (unit * dropped * absence)
+            tried = self._journal.once(f"without them, {turn}", lambda: self._timed("try without them", self._judge))
+            ratio = tried / (unit * dropped * absence)
             self._structure.keep_all()
             if ratio < 1.1:
                 return joint
@@ -183,9 +184,11 @@ class Job:
             with self._runner.loaded(i):
                 self._runner.advance(i)
             self._meter.layer_done()
-        found = self._runner.divergence(self._runner.states(judged=True), self._dense)
-        self._runner.restart()
-        return found
+        return self._divergence()
+
+    def _divergence(self) -> float:
+        """KL divergence of what lies behind the last layer now from the dense model, on the judged sequences."""
+        return self._runner.divergence(self._runner.states(judged=True), self._dense)
 
     def allocate(self) -> Plan:
         """The plan alone: widths are chosen on dense activations, nothing is written.
@@ -229,14 +232,31 @@ class Job:
             dropper = Dropper(self._watcher, config, self._work, self._meter, least)
             steps = dropper.passes() * len(self._layers())
             run = lambda: dropper.run(self._layers())  # noqa: E731
-            self.dropped = self._timed("structure", run, steps) if steps else run()
+            known = self._journal.once(
+                "structure",
+                lambda: {
+                    "found": asdict(self._timed("structure", run, steps) if steps else run()),
+                    "seconds": self.seconds.get("structure"),
+                    "kept": self._structure.kept,
+                    "ranks": self._structure.ranks,
+                },
+            )
+            self.dropped = Dropped(**known["found"])
+            if known["seconds"] is not None:
+                self.seconds["structure"] = known["seconds"]
+            if not (self._structure.kept or self._structure.ranks):  # a run before this one has found them
+                for path, kept in known["kept"].items():
+                    self._structure.keep(path, kept)
+                self._structure.ranks |= {path: tuple(ranks) for path, ranks in known["ranks"].items()}
+                self._structure.rank_bits = config.factors.bits if config.factors is not None else 0
             self._allocator = Allocator(self._structure, config, budgets_of(self._structure, config))
 
     def _timed(self, stage: str, work: Callable[[], Any], layers: int | None = None) -> Any:
         self._meter.start(stage, layers or len(self._layers()))
         started = time.monotonic()
         result = work()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + self._earlier + time.monotonic() - started
+        self._earlier = 0.0
         return result
 
     def _layers(self) -> range:
@@ -246,40 +266,94 @@ class Job:
         paths = (*self._structure.experts, *linears)
         return range(1 + max(i for i in range(len(self._runner.layers)) if self._watcher.inside(i, paths)))
 
+    def _pass(
+        self,
+        name: str,
+        layers: range,
+        work: Callable[[int], Record],
+        recall: Callable[[int, Record], None],
+        *,
+        sequences: int | None = None,
+        advances: bool = True,
+        stays: bool = False,
+    ) -> list[Record]:
+        """Do the work on every layer in its turn, but for those that a run before this one has finished.
+
+        Args:
+            name: of the pass, for its records.
+            layers: which.
+            work: on a layer that is loaded.
+            recall: takes what it came to, in its place.
+            sequences: how many are run, default all.
+            advances: whether the work on a layer makes the next one's inputs.
+            stays: whether what lies behind the last layer is needed.
+        """
+        records = self._journal.records(name, len(layers))
+        whole = len(records) == len(layers)
+        if advances and (stays or not whole):
+            records = records[: self._runner.reached(name, len(records))]
+        for i, record in zip(layers, records, strict=False):
+            self.fallbacks += record.fallbacks
+            recall(i, record)
+        self._meter.known(len(records))
+        self._earlier += sum(record.seconds for record in records)
+        if not whole or stays:
+            self._runner.restart(sequences, name, len(records) if advances else 0)
+        for i in layers[len(records) :]:
+            started, before = time.monotonic(), len(self.fallbacks)
+            with self._runner.loaded(i):
+                record = work(i)
+            record.seconds, record.fallbacks = time.monotonic() - started, self.fallbacks[before:]
+            self._journal.write(name, i, record)
+            records.append(record)
+            self._meter.layer_done()
+        return records
+
     # ---- a pass before the one that rounds
 
     def _allocate_model(self) -> Plan:
         """Costs of all layers on dense activations, then one program, or one per layer."""
-        self._measurer.run(self._layers())
-        if self._joint is not None:
-            self._finish()
+        layers, judged = self._layers(), self._joint is not None
+        everything = range(len(self._runner.layers)) if judged else layers
+
+        def work(i: int) -> Record:
+            return self._measurer.layer(i) if i in layers else self._pass_over(i)
+
+        def recall(i: int, record: Record) -> None:
+            if i in layers:
+                self._measurer.recall(i, record)
+
+        self._pass(ALLOCATE, everything, work, recall, sequences=self._measurer.sequences, stays=judged)
+        if judged:
             self._dense = self._runner.states(judged=True)
         if self._config.budget == "model":
             return self._allocator.model(self.layers, self._measurer.linears, self._measurer.scales())
         widths = {path: self._allocator.layer(path, result) for path, result in self.layers.items()}
         return Plan(widths, self._structure.linears)
 
+    def _pass_over(self, i: int) -> Record:
+        """Go on behind a layer that holds nothing to be quantized."""
+        self._runner.advance(i)
+        return Record()
+
     def _allocate_blocks(self) -> Plan:
         """The block score: whole layers at the higher width, those first whose MoE block changes its input most."""
         similarity: dict[str, float] = {}
-        for i in self._layers():
-            with self._runner.loaded(i), ExitStack() as stack:
+
+        def work(i: int) -> Record:
+            with ExitStack() as stack:
                 changes = {path: BlockChange() for path in self._watcher.inside(i, self._structure.experts)}
                 for path, change in changes.items():
                     block = self._structure.model.get_submodule(path.rpartition(".")[0])
                     stack.enter_context(change.observe(block))
                 self._runner.advance(i)
-                similarity |= {path: change.similarity for path, change in changes.items()}
-            self._meter.layer_done()
+            similarity.update({path: change.similarity for path, change in changes.items()})
+            return Record({path: similarity[path] for path in changes})
+
+        self._pass(ALLOCATE, self._layers(), work, lambda i, record: similarity.update(record.data))
         return Plan(self._allocator.blocks(similarity), self._structure.linears)
 
     # ---- the pass that rounds and writes
-
-    def _finish(self) -> None:
-        """Run the layers that hold nothing to be quantized, behind those that do."""
-        for i in range(len(self._runner.layers))[len(self._layers()) :]:
-            with self._runner.loaded(i):
-                self._runner.advance(i)
 
     def _quantize(self, plan: Plan | None, name: str = "layer", judged: bool = False) -> tuple[Plan, list[Path]]:
         """Every layer is rounded and written; without a plan its widths are chosen on the way.
@@ -287,103 +361,25 @@ class Job:
         The next layer sees the rounded outputs of this one, or, with activations="dense", its dense ones. Files begin with
         `name`; for what is to be judged, tokens run through the last layer, too.
         """
+        config, layers, writer = self._config, self._layers(), self.writer
+        everything = range(len(self._runner.layers)) if judged else layers
+        runs = judged or plan is None or config.rounding == "gptq"
+        replace = judged or config.activations == "compressed"
+
+        def work(i: int) -> Record:
+            if i not in layers:
+                return self._pass_over(i)
+            record = self._quantizer.layer(i, plan, self._allocator, writer, name, replace)
+            if runs and (judged or i < layers[-1]) and not self._runner.recomputes:
+                self._runner.advance(i)
+            return record
+
+        def recall(i: int, record: Record) -> None:
+            if i in layers:
+                self._quantizer.recall(record, writer, replace and self._runner.recomputes)
+
+        records = self._pass(f"{name}s", everything, work, recall, advances=runs, stays=judged)[: len(layers)]
+        known = [Plan.from_dict(record.data["plan"]) for record in records]
+        experts = {path: widths for own in known for path, widths in own.experts.items()}
         linears = self._structure.linears if plan is None else plan.linears
-        widths: dict[str, ExpertWidths] = {}
-        files = []
-        layers = self._layers()
-        runs = judged or plan is None or self._config.rounding == "gptq"
-        dense = self._config.activations == "dense" and not judged
-        for i in layers:
-            with self._runner.loaded(i):
-                tensors: dict[str, Tensor] = {}
-                self._linears(
-                    i, {path: linears[path] for path in self._watcher.inside(i, linears)}, tensors, not dense
-                )
-                for path in self._watcher.inside(i, self._structure.experts):
-                    chosen, packed = self._experts(i, path, None if plan is None else plan.experts[path])
-                    widths[path] = chosen
-                    self.writer.experts(self._structure.experts[path], chosen, packed, tensors, not dense)
-                    del packed
-                files.append(self._work.write_layer(i, tensors, name))
-                del tensors
-                if runs and (judged or i < layers[-1]) and not self._runner.recomputes:
-                    self._runner.advance(i)
-            self._meter.layer_done()
-        if judged:
-            self._finish()
-        return Plan(widths, linears), files
-
-    def _linears(self, i: int, widths: Mapping[str, int], tensors: dict[str, Tensor], replace: bool) -> None:
-        for path, packed in self._watcher.linears(i, widths):
-            self.writer.linear(path, packed, widths[path], tensors, replace)
-
-    def _experts(self, i: int, path: str, widths: ExpertWidths | None) -> tuple[ExpertWidths, dict[int, Packed]]:
-        """Widths and packed matrices of one experts module; widths that are not given are chosen."""
-        if widths is None:
-            if self._config.allocation in MEASURED:
-                candidates = self._measurer.measure(i, path)
-                widths = self._allocator.layer(path, self.layers[path])
-                if candidates:
-                    return widths, {expert: candidates[expert, widths.gate_up[expert]] for expert in widths.kept}
-            else:
-                if self._config.allocation != "uniform" or self._config.rounding == "nearest":
-                    self._watcher.observe(i, path, None)
-                widths = self._allocator.layer(path, self.layers[path])
-        return widths, self._round(i, path, widths)
-
-    def _round(self, i: int, path: str, widths: ExpertWidths) -> dict[int, Packed]:
-        """Packed matrices of the experts that a plan keeps."""
-        experts = self._structure.experts[path]
-        kept = list(widths.kept)
-        packed: dict[int, Packed] = {}
-        if self._config.rounding == "nearest":
-            passes: Iterable[Any] = [(kept, None, None)]
-        else:
-            passes = self._watcher.passes(i, path, kept, ROLES[:1] if self._config.sequential else ROLES)
-        for which, hessians, inputs in passes:
-            packed |= self._round_run(i, path, widths, which, hessians, inputs)
-            self._meter.expert_done(which[-1], experts.num_experts)
-        return packed
-
-    def _round_run(
-        self,
-        i: int,
-        path: str,
-        widths: ExpertWidths,
-        which: list[int],
-        hessians: ExpertHessians | None,
-        inputs: ExpertInputs,
-    ) -> dict[int, Packed]:
-        """Packed matrices of some experts at their widths; down projections make up for the rounding of what they read."""
-        experts = self._structure.experts[path]
-        ranks = {expert: widths.rank_of(expert) for expert in which if widths.rank_of(expert)}
-        counted = hessians.roles if hessians is not None else {}
-        rounder = ExpertRounder(experts, which, counted, self._config, factors=bool(ranks))
-        packed: dict[int, Packed] = {expert: {} for expert in which}
-        targets: dict[int, Tensor] | None = None
-        for role in ROLES:
-            if role == "down" and hessians is not None and self._config.sequential:
-                del rounder
-                device = experts.matrix(0, experts.projections[0].name).device
-                inputs_of = [p for p in experts.projections if p.role != "down"]
-                rounded = {
-                    expert: {
-                        p.name: rebuilt(matrices, p, widths.gate_up[expert], widths.rank_bits).to(device)
-                        for p in inputs_of
-                    }
-                    for expert, matrices in packed.items()
-                }
-                behind = self._watcher.behind(i, path, rounded, inputs)
-                targets = behind.targets()
-                rounder = ExpertRounder(experts, which, {role: behind.hessian}, self._config, factors=bool(ranks))
-                del rounded, behind
-            same: dict[int, list[int]] = {}
-            own = widths.of_role(role)
-            for expert in which:
-                same.setdefault(own[expert], []).append(expert)
-            same.pop(0, None)
-            for bits, those in same.items():
-                for expert, matrices in rounder.round_role(role, those, bits, targets).items():
-                    packed[expert] |= matrices
-            rounder.factor_role(role, ranks, widths.rank_bits, packed, dict(enumerate(own)), targets)
-        return packed
+        return Plan(experts, linears), [self._quantizer.file(record) for record in records]

@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,6 +78,18 @@ class JointProgram:
         self._ranks = config.rank is not None and config.rank.auto
         self._dropped: dict[str, list[float]] = {}  # by experts path, error of each expert's absence
         self._factored: dict[str, dict[Option, list[float]]] = {}  # by path and option, error of each expert
+
+    def remember(self, path: str) -> dict[str, Any]:
+        """What was measured of an experts module, in JSON form."""
+        factored = self._factored.get(path, {})
+        return {"dropped": self._dropped.get(path), "factored": [(astuple(o), own) for o, own in factored.items()]}
+
+    def recall(self, path: str, known: Mapping[str, Any]) -> None:
+        """Inverse of `remember`."""
+        if known["dropped"] is not None:
+            self._dropped[path] = known["dropped"]
+        if known["factored"]:
+            self._factored[path] = {Option(*option): own for option, own in known["factored"]}
 
     def measure(self, i: int, path: str) -> None:
         """Errors of an experts module, on the tokens that its widths were measured on."""

@@ -7,16 +7,18 @@ Knows layers and widths on dense activations; it does not choose.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from transformers_mcmoe.calibration.observing import OutputNorms, Outputs, carried
+from transformers_mcmoe.calibration.observing import Outputs, carried
 from transformers_mcmoe.calibration.statistics import ExpertInputs, hessian_error, output_errors
-from transformers_mcmoe.pipeline.allocating import MEASURED
+from transformers_mcmoe.pipeline.allocating import MEASURED, pairs
+from transformers_mcmoe.pipeline.joint import JointProgram
+from transformers_mcmoe.pipeline.journal import Record
 from transformers_mcmoe.pipeline.rounding import PLAIN, ExpertRounder, Packed
 from transformers_mcmoe.pipeline.watching import Watcher
 from transformers_mcmoe.plan import ROLES
@@ -42,7 +44,7 @@ class Measurer:
     Args:
         watcher: looks at its layers.
         meter: shows progress.
-        also: called with every layer and experts path, while it is loaded.
+        joint: measures every experts module, too, while its layer is loaded.
 
     Attributes:
         norms: by experts path, the norm of the hidden states behind its layer.
@@ -51,34 +53,51 @@ class Measurer:
         linears: width -> eps of every linear layer that has a choice, by path.
     """
 
-    def __init__(self, watcher: Watcher, meter: Meter, also: Callable[[int, str], None] | None = None) -> None:
-        self._watcher, self._meter, self._also = watcher, meter, also
+    def __init__(self, watcher: Watcher, meter: Meter, joint: JointProgram | None = None) -> None:
+        self._watcher, self._meter, self._joint = watcher, meter, joint
         self._structure, self._runner, self._config = watcher.structure, watcher.runner, watcher.config
         self.norms: dict[str, float] = {}
         self.places: dict[str, int] = {}
         self.medians: list[float] = []
         self.linears: dict[str, dict[int, float]] = {}
 
-    def run(self, layers: range) -> None:
-        """Measure all layers."""
+    @property
+    def sequences(self) -> int:
+        """How many sequences the pass runs."""
         judged = self._runner.judged
-        self._runner.restart(
-            judged + measured_sequences(len(self._runner.tokens) - judged, self._runner.tokens.length)
-        )
-        for i in layers:
-            with self._runner.loaded(i):
-                paths = self._watcher.inside(i, self._structure.experts)
-                for path in paths:
-                    self._cost(i, path)
-                    if self._also is not None:
-                        self._also(i, path)
-                chosen = self._measure_linears(i)
-                returned = OutputNorms()
-                with returned.observe(self._structure.model.get_submodule(self._runner.layers[i])):
-                    self.norms |= dict.fromkeys(paths, self._runner.advance(i))
-                self.medians.append(returned.median)
-                self.places |= dict.fromkeys([*paths, *chosen], i)
-            self._meter.layer_done()
+        return judged + measured_sequences(len(self._runner.tokens) - judged, self._runner.tokens.length)
+
+    def layer(self, i: int) -> Record:
+        """Measure layer i, which is loaded, and go on behind it."""
+        paths = self._watcher.inside(i, self._structure.experts)
+        record = Record()
+        for path in paths:
+            self._cost(i, path)
+            if self._joint is not None:
+                self._joint.measure(i, path)
+                record.data.setdefault("joint", {})[path] = self._joint.remember(path)
+        chosen = self._measure_linears(i)
+        norms = self._runner.advance(i)
+        record.data |= {"norm": norms.total, "median": norms.median}
+        record.data["linears"] = {path: pairs(self.linears[path]) for path in chosen}
+        self._watcher.remember(i, record)
+        self._note(i, record)
+        return record
+
+    def recall(self, i: int, record: Record) -> None:
+        """What `layer` found."""
+        self._watcher.recall(record)
+        self.linears |= {path: dict(errors) for path, errors in record.data["linears"].items()}
+        if self._joint is not None:
+            for path, known in record.data["joint"].items():
+                self._joint.recall(path, known)
+        self._note(i, record)
+
+    def _note(self, i: int, record: Record) -> None:
+        paths = self._watcher.inside(i, self._structure.experts)
+        self.norms |= dict.fromkeys(paths, record.data["norm"])
+        self.medians.append(record.data["median"])
+        self.places |= dict.fromkeys([*paths, *record.data["linears"]], i)
 
     def scales(self) -> dict[str, float]:
         """By path of what was measured, what its errors are multiplied by, so that those of different layers compare.

@@ -44,6 +44,8 @@ _LEAST_HESSIANS = 128 << 20
 _TUNED_GROUP = 40
 # float32 copies of a sequence's logits that are held at once while its divergence is differentiated
 _LOGITS = 10
+# fields of a model's config that say nothing of the model
+_NOT_THE_MODEL = ("quantization_config", "_name_or_path")
 # bytes of a tensor's entry in the header of a safetensors file
 _HEADER = 160
 
@@ -203,14 +205,18 @@ def _check_at_least(config: MCMoEConfig, sizes: Iterable[LayerSize], budgets: It
             )
 
 
-def fingerprint_of(structure: Structure, config: MCMoEConfig, files: Iterable[str | Path], tokens: Sequences) -> str:
-    """Mark of a run in its work folder: everything that its result depends on."""
+def fingerprint_of(
+    structure: Structure, config: MCMoEConfig, files: Iterable[str | Path], tokens: Sequences, dtype: torch.dtype
+) -> dict[str, str]:
+    """Marks of a run in its work folder: of everything that its result depends on."""
     parts = {
-        "version": __version__,
-        "format": FORMAT_VERSION,
-        "config": config.to_dict(),
-        "model": structure.model.config.to_dict(),
-        "tokens": tokens.fingerprint(),
+        "version": f"{__version__}, format {FORMAT_VERSION}",
+        # where a dataset lies does not matter, what is in it does
+        "config": {**config.to_dict(), "dataset": None, "device": str(config.device), "dtype": str(dtype)},
+        "model": {
+            name: value for name, value in structure.model.config.to_dict().items() if name not in _NOT_THE_MODEL
+        },
+        "dataset": tokens.fingerprint(),
     }
     return fingerprint(parts, list(files))
 
@@ -284,7 +290,9 @@ def image_need(structure: Structure, tokens: Sequences, dtype: torch.dtype) -> i
 
 def disk_need(structure: Structure, config: MCMoEConfig, tokens: int, dtype: torch.dtype) -> int:
     """Bytes that hidden states, samples of experts' inputs and packed layers take at most."""
-    tokens *= 2 if config.tuning_steps else 1  # hidden states behind the dense model are kept
+    joint = config.joint and config.plan is None
+    # hidden states before and behind a layer; those behind the dense model are kept for tuning, and to compare two plans with
+    tokens *= 2 + (config.tuning_steps > 0) + joint
     hidden = next(iter(structure.experts.values())).projections[0].in_features
     samples = SAMPLE * max(experts.num_experts for experts in structure.experts.values())
     weights = sum(structure.linear_weights().values())
@@ -294,6 +302,6 @@ def disk_need(structure: Structure, config: MCMoEConfig, tokens: int, dtype: tor
         samples += every * loss_sequences(config.seq_len) * config.seq_len
     factors = 8 if config.factored else 0
     packed = weights * (max(4, *config.expert_bits) + factors) // 8
-    if config.joint and config.plan is None:
+    if joint:
         packed *= 2  # two plans are rounded
     return (tokens + samples) * hidden * dtype.itemsize + packed

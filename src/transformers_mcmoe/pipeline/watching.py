@@ -21,6 +21,7 @@ from transformers_mcmoe.models.experts import FusedExperts
 from transformers_mcmoe.models.stream import LayerRunner
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.pipeline.allocating import MEASURED, LayerResult
+from transformers_mcmoe.pipeline.journal import Record
 from transformers_mcmoe.pipeline.rounding import chunks, round_linears
 from transformers_mcmoe.routing import RoutingRatios, check_top_k, record_routing
 from transformers_mcmoe.workdir import WorkDir
@@ -164,6 +165,20 @@ class Watcher:
             elif known.image_tokens() == known.numel():
                 advice = "all of them were of images: mix in text"
         return f"No calibration token reached the experts of '{path}'; {advice}."
+
+    def remember(self, i: int, record: Record) -> None:
+        """Put what was measured of the experts of layer i into a record."""
+        record.data["layers"] = {}
+        for path in self.inside(i, self.structure.experts):
+            data, tensors = self.layers[path].to_record()
+            record.data["layers"][path] = data
+            record.tensors |= {f"{path}|{name}": tensor for name, tensor in tensors.items()}
+
+    def recall(self, record: Record) -> None:
+        """Inverse of `remember`."""
+        for path, data in record.data["layers"].items():
+            mine = {key.rpartition("|")[2]: x for key, x in record.tensors.items() if key.startswith(f"{path}|")}
+            vars(self.layers[path]).update(vars(LayerResult.from_record(data, mine)))
 
     def fall_back(self, reason: str) -> None:
         """Log, and keep for the report, what is done otherwise than usual."""

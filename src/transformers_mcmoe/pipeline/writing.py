@@ -40,7 +40,7 @@ class Writer:
 
     def linear(self, path: str, packed: Tensor, bits: int, tensors: dict[str, Tensor], replace: bool) -> None:
         """Add a linear layer to `tensors`; with `replace`, the one in memory gets the rounded weights."""
-        tensors[self._published(f"{path}.weight")] = packed
+        tensors[self.published(f"{path}.weight")] = packed
         if replace:
             weight = self._structure.model.get_submodule(path).weight.data
             weight.copy_(dequantize(packed, bits, weight.shape[1]))
@@ -66,21 +66,36 @@ class Writer:
             for p in experts.projections:
                 name, matrix = experts.tensor(expert, leaves[p.name]), packed[expert]
                 if p.name in matrix:
-                    tensors[self._published(f"{name}.weight")] = matrix[p.name]
+                    tensors[self.published(f"{name}.weight")] = matrix[p.name]
                 else:
                     self.replaced += self._keys.get(f"{name}.weight", [])
                 for factor in FACTORS:
                     if f"{p.name}.{factor}" in matrix:
-                        key = self._published(f"{name}.weight").removesuffix("weight")
+                        key = self.published(f"{name}.weight").removesuffix("weight")
                         tensors[f"{key}{factor}.weight"] = matrix[f"{p.name}.{factor}"]
                 if replace:
                     dense = rebuilt(matrix, p, widths.of_role(p.role)[expert], widths.rank_bits)
                     experts.matrix(expert, p.name).copy_(dense)
                 bias = experts.bias(expert, p.name)
                 if bias is not None and isinstance(experts, FusedExperts):
-                    tensors[self._published(f"{name}.bias")] = bias.to("cpu", copy=True).contiguous()
+                    tensors[self.published(f"{name}.bias")] = bias.to("cpu", copy=True).contiguous()
         if isinstance(experts, FusedExperts):
             self._guard(experts, tensors)
+
+    def packed(self, experts: Experts, tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+        """The packed matrices of a module's experts among tensors that were written; the inverse of `experts`."""
+        leaves = self._structure.names.leaves(experts)
+        found: dict[int, dict[str, Tensor]] = {}
+        for expert in range(experts.num_experts):
+            for p in experts.projections:
+                key = self.published(f"{experts.tensor(expert, leaves[p.name])}.weight")
+                keys = {p.name: key} | {
+                    f"{p.name}.{factor}": f"{key.removesuffix('weight')}{factor}.weight" for factor in FACTORS
+                }
+                own = {name: tensors[key] for name, key in keys.items() if key in tensors}
+                if own:
+                    found.setdefault(expert, {}).update(own)
+        return found
 
     def _guard(self, experts: FusedExperts, tensors: dict[str, Tensor]) -> None:
         """The guard tensor of families that are fused on disk; names of dense tensors that nothing reads any more."""
@@ -89,7 +104,7 @@ class Writer:
             tensors[keys[0]] = torch.empty(0, dtype=torch.uint8)
         self.replaced += [key for key in keys if key not in tensors]
 
-    def _published(self, name: str) -> str:
+    def published(self, name: str) -> str:
         """The checkpoint's own name for a tensor, or the family's where the checkpoint has none."""
         if name in self._originals:
             return self._originals[name]

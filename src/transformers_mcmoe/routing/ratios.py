@@ -70,6 +70,19 @@ class RoutingRatios:
         total._least, total._most = min(self._least, other._least), max(self._most, other._most)
         return total
 
+    def to_record(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """JSON form, and tensors by name."""
+        tensors = {"ranks": self._ranks, "experts": self._experts, "first": self._first}
+        return {"slots": self.slots, "least": self._least, "most": self._most}, tensors
+
+    @classmethod
+    def from_record(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RoutingRatios:
+        """Inverse of `to_record`."""
+        known = cls(len(tensors["first"]))
+        known.slots, known._least, known._most = data["slots"], data["least"], data["most"]
+        known._ranks, known._experts, known._first = tensors["ranks"], tensors["experts"], tensors["first"]
+        return known
+
     def table(self, expert_bytes: Sequence[float]) -> RatioTable:
         """Quantiles, with slots weighted by the bytes [E] of the expert they lead to where bytes are asked for."""
         sizes = torch.tensor(expert_bytes, dtype=torch.float64)

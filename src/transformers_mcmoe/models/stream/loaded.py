@@ -16,9 +16,10 @@ from transformers_mcmoe.models.stream.runner import (
     HiddenStates,
     LastLayer,
     LayerRunner,
+    Norms,
     first_batches,
     model_inputs,
-    squared_norm,
+    squared_norms,
 )
 
 
@@ -39,9 +40,12 @@ class LoadedRunner(LayerRunner):
     def calls(self) -> int:
         return len(self._batches)
 
-    def restart(self, sequences: int | None = None) -> None:
+    def restart(self, sequences: int | None = None, name: str = "pass", layer: int = 0) -> None:
         self.sequences = min(sequences or len(self.tokens), len(self.tokens))
         self._batches = self.tokens[: self.sequences].splits(self._batch_tokens)
+
+    def reached(self, name: str, most: int) -> int:
+        return most  # every run starts from the tokens
 
     @contextmanager
     def loaded(self, i: int) -> Iterator[nn.Module]:
@@ -55,30 +59,27 @@ class LoadedRunner(LayerRunner):
         def keep(states: Tensor) -> None:
             nonlocal kept
             if kept is None:
-                kept = HiddenStates(path, [len(ids) for ids in self.tokens.ids[: self.sequences]], states)
+                temporary = path.with_name(path.name + ".tmp")
+                kept = HiddenStates(temporary, [len(ids) for ids in self.tokens.ids[: self.sequences]], states)
             kept[next(left)] = states
 
         self._watch(len(self.layers) - 1, self._batches, keep)
         for _ in self.layers:
             done()
         assert kept is not None
+        kept.move(path)
         return kept
 
     def replay(self, i: int, tokens: int | None = None) -> None:
         self._replay(i, first_batches(self._batches, self.tokens, tokens))
 
-    def advance(self, i: int) -> float:
+    def advance(self, i: int) -> Norms:
         return self._replay(i, self._batches)
 
-    def _replay(self, i: int, batches: Sequence[slice]) -> float:
-        squared = 0.0
-
-        def add(states: Tensor) -> None:
-            nonlocal squared
-            squared += squared_norm(states)
-
-        self._watch(i, batches, add)
-        return squared**0.5
+    def _replay(self, i: int, batches: Sequence[slice]) -> Norms:
+        squares: list[Tensor] = []
+        self._watch(i, batches, lambda states: squares.append(squared_norms(states)))
+        return Norms.of(squares)
 
     def _watch(self, i: int, batches: Sequence[slice], seen: Callable[[Tensor], None]) -> None:
         """Run batches up to layer i and hand on what it returns."""

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,20 @@ class LastLayer(Exception):
     """Ends a forward pass early."""
 
 
+@dataclass(frozen=True)
+class Norms:
+    """Norms of the hidden states behind a layer: the Frobenius norm of all, and the median over tokens, which attention sinks do not move."""
+
+    total: float
+    median: float
+
+    @classmethod
+    def of(cls, squares: Sequence[Tensor]) -> Norms:
+        """From the squared norm of every token [n] float64, batch by batch."""
+        every = torch.cat(list(squares))
+        return cls(float(sum(float(own.sum()) for own in squares)) ** 0.5, float(every.median()) ** 0.5)
+
+
 class LayerRunner(ABC):
     """Runs calibration tokens through a model layer by layer.
 
@@ -35,6 +51,7 @@ class LayerRunner(ABC):
         reason: why the whole model is held in memory, or None.
         recomputes: every run starts from the tokens, so that `advance` is not needed between layers.
         judged: leading sequences that `replay` passes over: what is fitted to the tokens is judged on these.
+        spared: names of passes whose hidden states are kept when another pass begins.
         images: [tokens] bool of the batch that runs, or ran last, those that stand for parts of images; None for text.
     """
 
@@ -45,6 +62,7 @@ class LayerRunner(ABC):
     reason: str | None = None
     recomputes = False
     judged = 0
+    spared: frozenset[str] = frozenset()
     images: Tensor | None = None
 
     @property
@@ -53,8 +71,15 @@ class LayerRunner(ABC):
         """How often `replay` runs a layer."""
 
     @abstractmethod
-    def restart(self, sequences: int | None = None) -> None:
-        """Begin again with the first layer's inputs: of the first `sequences`, default all."""
+    def restart(self, sequences: int | None = None, name: str = "pass", layer: int = 0) -> None:
+        """Begin again with the first layer's inputs: of the first `sequences`, default all.
+
+        Hidden states are kept under the `name` of the pass; one that was ended can go on with a later `layer`, see `reached`.
+        """
+
+    @abstractmethod
+    def reached(self, name: str, most: int) -> int:
+        """The last layer, up to `most`, that a pass of this name can go on with: its inputs are kept."""
 
     @abstractmethod
     def outputs(self, sequences: int, path: Path, done: Callable[[], None]) -> HiddenStates:
@@ -72,8 +97,8 @@ class LayerRunner(ABC):
         """Run layer i on all tokens, or on the first batches that have so many, for the sake of hooks; nothing is kept."""
 
     @abstractmethod
-    def advance(self, i: int) -> float:
-        """As `replay`, but the outputs become the next layer's inputs; returns their Frobenius norm."""
+    def advance(self, i: int) -> Norms:
+        """As `replay`, but the outputs become the next layer's inputs."""
 
     def states(self, judged: bool = False) -> list[Tensor]:
         """Copies of what enters the next layer, [B, T, H] of every batch, or of those that are judged only.
@@ -99,12 +124,13 @@ class HiddenStates:
     """The hidden states of sequences at one place of a model, in a memory-mapped file: they cost disk, not memory.
 
     Args:
-        path: the file.
+        path: the file; one of the same size is taken as it is.
         lengths: tokens of each sequence.
         like: [.., T, H] hidden states that give the other sizes and the dtype.
     """
 
     def __init__(self, path: Path, lengths: Sequence[int], like: Tensor) -> None:
+        self.path = path
         self._starts = [0, *itertools.accumulate(lengths)]
         self._lengths = list(lengths)
         self._data = mapped_tensor(path, (self._starts[-1], *like.shape[2:]), like.dtype)
@@ -121,6 +147,13 @@ class HiddenStates:
 
     def __setitem__(self, part: slice, value: Tensor) -> None:
         self[part].copy_(value)
+
+    def move(self, path: Path) -> None:
+        """Give the file, once it is whole on the disk, another name."""
+        with self.path.open("r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(self.path, path)
+        self.path = path
 
 
 def model_inputs(model: Any, batch: Batch) -> dict[str, Any]:
@@ -141,6 +174,6 @@ def first_batches(batches: Sequence[slice], sequences: Sequences, tokens: int | 
     return batches[: next((n for n, size in enumerate(sizes, 1) if size >= tokens), len(batches))]
 
 
-def squared_norm(x: Tensor) -> float:
-    """Sum of squares of a tensor, in float64."""
-    return float(x.to(torch.float32).square().sum(dtype=torch.float64))
+def squared_norms(x: Tensor) -> Tensor:
+    """Squared norm [n] float64 of every token of [.., H], on CPU."""
+    return x.detach().to(torch.float32).square().sum(-1, dtype=torch.float64).flatten().cpu()

@@ -20,14 +20,19 @@ from transformers_mcmoe.models.stream.runner import (
     HiddenStates,
     LastLayer,
     LayerRunner,
+    Norms,
     first_batches,
     model_inputs,
-    squared_norm,
+    squared_norms,
 )
 from transformers_mcmoe.models.stream.spill import Spill, on_device
 
 # tokens whose logits are held at once
 HEAD = 128
+# name of the pass whose last hidden states are kept
+TEACH = "teach"
+# how files of hidden states end
+STATES = ".hidden"
 
 
 class NotStreamable(Exception):
@@ -56,6 +61,7 @@ class LayerStream(LayerRunner):
         self._batch_tokens, self.judged = batch_tokens, judged
         self.tokens, self._folder = tokens, work_dir
         self._batches = self._split(len(tokens))
+        self._name, self._layer = "pass", 0
         self._record()
 
     def _split(self, sequences: int) -> list[slice]:
@@ -92,7 +98,8 @@ class LayerStream(LayerRunner):
         self.weights.tie()
         self.weights.check_embeddings()
         self._returns_tuple = self._probe()
-        self._hidden: Any = None  # `HiddenStates`, once it is known what they look like
+        self._hidden: Any = None  # `HiddenStates` that enter the layer, once it is known what they look like
+        self._like: Any = None  # [.., T, H] of one batch
         self._embedded: HiddenStates | None = None  # those that enter the first layer, where making them took images
         self._embed()
         if not self.tokens.are_text:
@@ -103,8 +110,11 @@ class LayerStream(LayerRunner):
 
         Images are looked at once: what becomes of them is kept on disk.
         """
+        start = self._layer == 0
+        if self._like is not None:
+            self._hidden = self._states(self._layer)
         if self._embedded is not None:
-            for part in self._batches:
+            for part in self._batches if start else ():
                 self._hidden[part] = self._embedded[part]
             return
         spill = None if self.tokens.are_text else Spill(self._folder / "arguments.bin")
@@ -112,8 +122,9 @@ class LayerStream(LayerRunner):
         self._added: list[dict[int, tuple[Tensor, Tensor]]] = []
         for part in self._batches:
             hidden, arguments, added = self._stub_pass(self.tokens.batch(part), 0.0)
-            if self._hidden is None:
-                self._hidden = HiddenStates(self._folder / "hidden_states.bin", self._lengths, hidden)
+            if self._like is None:
+                self._like = hidden
+                self._hidden = self._states(self._layer)
             if spill is not None:
                 if self._embedded is None:
                     self._embedded = HiddenStates(self._folder / "embedded.bin", self._lengths, hidden)
@@ -122,13 +133,21 @@ class LayerStream(LayerRunner):
                 added = {i: spill.kept(own) for i, own in added.items()}
             elif self._arguments:
                 arguments = [_share(a, b) for a, b in zip(arguments, self._arguments[0], strict=True)]
-            self._hidden[part] = hidden
+            if start:
+                self._hidden[part] = hidden
             self._arguments.append(arguments)
             self._added.append(added)
 
     @property
     def _lengths(self) -> list[int]:
         return [len(ids) for ids in self.tokens.ids]
+
+    def _file(self, layer: int) -> Path:
+        return self._folder / f"{self._name}-{layer:05d}{STATES}"
+
+    def _states(self, layer: int, suffix: str = "") -> HiddenStates:
+        path = self._file(layer)
+        return HiddenStates(path.with_name(path.name + suffix), self._lengths[: self.sequences], self._like)
 
     def _unload_towers(self) -> None:
         """Free what only images went through: all that is neither beside the decoder layers nor embeddings or head."""
@@ -205,10 +224,19 @@ class LayerStream(LayerRunner):
     def calls(self) -> int:
         return max(1, len(self._batches) - self._skipped)
 
-    def restart(self, sequences: int | None = None) -> None:
+    def restart(self, sequences: int | None = None, name: str = "pass", layer: int = 0) -> None:
         self.sequences = min(sequences or len(self.tokens), len(self.tokens))
         self._batches = self._split(self.sequences)
+        self._name, self._layer = name, layer
+        for file in self._folder.glob(f"*{STATES}"):
+            pass_name, _, number = file.stem.rpartition("-")
+            if pass_name not in {name, *self.spared} or (pass_name == name and int(number) != layer):
+                file.unlink()
         self._embed()
+
+    def reached(self, name: str, most: int) -> int:
+        files = (self._folder / f"{name}-{layer:05d}{STATES}" for layer in range(most, 0, -1))
+        return next((most - n for n, file in enumerate(files) if file.is_file()), 0)
 
     @contextmanager
     def loaded(self, i: int) -> Iterator[nn.Module]:
@@ -309,28 +337,36 @@ class LayerStream(LayerRunner):
                 unload(head)
 
     def outputs(self, sequences: int, path: Path, done: Callable[[], None]) -> HiddenStates:
-        self.restart(sequences)
+        if path.is_file():  # an earlier run got as far
+            return HiddenStates(path, self._lengths[:sequences], self._like)
+        first = self.reached(TEACH, len(self.layers))
+        self.restart(sequences, TEACH, first)
         for i in range(len(self.layers)):
-            with self.loaded(i):
-                self.advance(i)
+            if i >= first:
+                with self.loaded(i):
+                    self.advance(i)
             done()
-        kept = HiddenStates(path, self._lengths[: self.sequences], self._hidden[self._batches[0]])
-        for part in self._batches:
-            kept[part] = self._hidden[part]
-        return kept
+        self._hidden.move(path)
+        return self._hidden
 
     def replay(self, i: int, tokens: int | None = None) -> None:
         start = self._skipped
         for index in range(start, start + len(first_batches(self._batches[start:], self.tokens, tokens))):
             self._run(i, index)
 
-    def advance(self, i: int) -> float:
-        squared = 0.0
+    def advance(self, i: int) -> Norms:
+        if self._layer:
+            # inputs of the layer before stay until its results are written down
+            self._file(self._layer - 1).unlink(missing_ok=True)
+        squares, following = [], self._states(self._layer + 1, ".tmp")
         for index, batch in enumerate(self._batches):
             output = self._run(i, index)
-            squared += squared_norm(output)
-            self._hidden[batch] = output
-        return squared**0.5
+            squares.append(squared_norms(output))
+            following[batch] = output
+        self._layer += 1
+        following.move(self._file(self._layer))
+        self._hidden = following
+        return Norms.of(squares)
 
 
 class _Without(nn.Module):
