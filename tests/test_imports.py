@@ -13,7 +13,18 @@ import transformers_mcmoe
 ROOT = Path(transformers_mcmoe.__file__).parent
 # lower layers never import higher ones
 LAYERS = [
-    {"version", "workdir", "memory", "progress", "kernels", "quantization", "allocation", "config", "plan"},
+    {
+        "version",
+        "workdir",
+        "memory",
+        "progress",
+        "kernels",
+        "quantization",
+        "allocation",
+        "config",
+        "plan",
+        "distributed",
+    },
     {"models", "calibration", "nn", "routing", "structure", "tuning"},
     {"pipeline"},
     {"quantizer", "pruning", "integrations", "evaluation", "report", "cli"},

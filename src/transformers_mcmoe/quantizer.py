@@ -30,6 +30,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.hub import extract_commit_hash
 
 from transformers_mcmoe.config import QUANT_METHOD, MCMoEConfig, ODPConfig, OTPConfig
+from transformers_mcmoe.distributed import RankDone, World, world
 from transformers_mcmoe.kernels import gpu
 from transformers_mcmoe.models.experts import Experts, FusedExperts, ListExperts
 from transformers_mcmoe.models.names import packed_conversions
@@ -37,7 +38,7 @@ from transformers_mcmoe.models.routers import SlicedRouter
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.nn import PackedExperts, PackedLinear
 from transformers_mcmoe.nn.checks import check_grids, check_tensors
-from transformers_mcmoe.pipeline import TEACHER, Compressed, compress, unread_patterns
+from transformers_mcmoe.pipeline import Compressed, compress, unread_patterns
 from transformers_mcmoe.pipeline.prepare import tokens_for
 from transformers_mcmoe.plan import FACTORS, Plan, average_bits
 from transformers_mcmoe.pruning import (
@@ -77,6 +78,7 @@ class MCMoEHfQuantizer(HfQuantizer):
         self._dense: list[str] = []
         self._save_directory: Path | None = None
         self._dtypes: dict[str, torch.dtype] = {}
+        self._world = World() if self.pre_quantized else world()
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuses disk offload while compressing: transformers would offload the dense tensors."""
@@ -119,14 +121,17 @@ class MCMoEHfQuantizer(HfQuantizer):
         if config.work_dir is not None:
             self._work_dir = config.work_dir
         else:
-            self._work_dir = Path(tempfile.mkdtemp(prefix="mcmoe-"))
-            # the packed files stay mapped into memory: they go with the model, or at exit
-            weakref.finalize(model, shutil.rmtree, self._work_dir, ignore_errors=True)
+            self._work_dir = Path(self._world.first(lambda: tempfile.mkdtemp(prefix="mcmoe-")))
+            if self._world.leads:
+                # the packed files stay mapped into memory: they go with the model, or at exit
+                weakref.finalize(model, shutil.rmtree, self._work_dir, ignore_errors=True)
         result = compress(model, checkpoint_files, config, dtype=dtype, work_dir=self._work_dir)
         # the loader reads this very list; of two tensors with one name the later file's is taken
         checkpoint_files.extend(str(file) for file in result.files)
         patterns = unread_patterns(Structure(model), result.replaced)
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *patterns}
+        if config.leaves and not self._world.leads:
+            raise RankDone
         config.plan, self._result = result.plan, result
         self.pre_quantized = True
 
@@ -142,6 +147,8 @@ class MCMoEHfQuantizer(HfQuantizer):
             self.quantization_config.bits = round(average_bits(self._result.matrices), 6)
             self._tune(model, self._result)
             self._result = None
+            if not self.quantization_config.leaves:
+                self._world.barrier()  # all ranks have read the files, which the first may remove
         self._prune(model)
         _tell_peft()
         model.save_pretrained = types.MethodType(save_pretrained, model)
@@ -154,14 +161,13 @@ class MCMoEHfQuantizer(HfQuantizer):
         if result.teacher is None:
             return
         assert self.report is not None
-        assert self._work_dir is not None
         try:
             self.report["tuning"] = asdict(tune(model, result.teacher, config))
         except ValueError as error:  # hours of work are not thrown away
             logger.warning("The model is compressed, but not tuned: %s", error)
             self.report["fallbacks"].append(f"Not tuned: {error}")
         self.report["seconds"]["tune"] = time.monotonic() - started
-        (self._work_dir / TEACHER).unlink(missing_ok=True)
+        result.teacher.hidden.path.unlink(missing_ok=True)
 
     def _prune(self, model: Any) -> None:
         """Start the expert pruning that the config asks for, or that the checkpoint was saved with."""

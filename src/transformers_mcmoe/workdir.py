@@ -64,10 +64,16 @@ class WorkDir:
     Args:
         path: the folder; it is made if need be.
         marks: fingerprint of the compression, by what it is of.
+        rank: of this process, if several share the folder; each but the first has a subfolder for what serves it alone.
+
+    Attributes:
+        path: as given.
+        scratch: where this process puts what the others do not read.
     """
 
-    def __init__(self, path: Path, marks: Mapping[str, str]) -> None:
-        self.path, self._marks = path, dict(marks)
+    def __init__(self, path: Path, marks: Mapping[str, str], rank: int = 0) -> None:
+        self.path, self._marks, self._rank = path, dict(marks), rank
+        self.scratch = path / f"rank-{rank:05d}" if rank else path
 
     def claim(self, need: int, resume: bool = False) -> None:
         """Make the folder this compression's.
@@ -97,9 +103,24 @@ class WorkDir:
             )
         write_whole(file, json.dumps({"marks": self._marks, "threads": torch.get_num_threads()}))
 
-    def _check(self, known: Mapping[str, Any]) -> None:
+    def join(self) -> str | None:
+        """Take part in what the first rank has claimed; returns what is wrong, if something is."""
+        file = self.path / FINGERPRINT
+        if not file.is_file():
+            return f"work_dir '{self.path}' is not the same folder for all ranks (rank {self._rank} sees another); give one that they share."
+        others = self._others(json.loads(file.read_text(encoding="utf-8")))
+        if others:
+            return f"Rank {self._rank} has another {' and '.join(others)} than rank 0; give all ranks the same."
+        self.scratch.mkdir(exist_ok=True)
+        return None
+
+    def _others(self, known: Mapping[str, Any]) -> list[str]:
+        """What the folder's compression has otherwise."""
         marks = known.get("marks", {})
-        others = [name for name, mark in self._marks.items() if marks.get(name) != mark]
+        return [name for name, mark in self._marks.items() if marks.get(name) != mark]
+
+    def _check(self, known: Mapping[str, Any]) -> None:
+        others = self._others(known)
         if others:
             raise ValueError(
                 f"work_dir '{self.path}' holds a compression of another {' and '.join(others)}; "
@@ -111,9 +132,9 @@ class WorkDir:
                 *(self.path, known.get("threads"), torch.get_num_threads()),
             )
 
-    def write_layer(self, index: int, tensors: dict[str, Tensor], name: str = "layer") -> Path:
-        """Write the packed tensors of one layer: all of them or none."""
-        path = self.path / f"{name}-{index:05d}.safetensors"
+    def write_layer(self, index: int, tensors: dict[str, Tensor], name: str = "layer", part: str = "") -> Path:
+        """Write the packed tensors of one layer, or a part of it that has a name: all of them or none."""
+        path = self.path / f"{name}-{index:05d}{part}.safetensors"
         # one entry: several would come in any order, and files would differ
         self._write(path, tensors, {"format": "pt"})
         return path
@@ -137,13 +158,16 @@ class WorkDir:
     def clean(self, finished: bool = False) -> None:
         """Remove samples, and hidden states where no run will go on with them; finished layers stay."""
         for pattern in (*SCRATCH, *([STATES] if finished else [])):
-            for file in self.path.rglob(pattern):
+            for file in self.scratch.glob(pattern):
                 file.unlink()
+        if self.scratch != self.path and self.scratch.is_dir() and not any(self.scratch.iterdir()):
+            self.scratch.rmdir()
 
     def _clear(self) -> None:
         """Remove all that an earlier run of the same compression left."""
         self.clean(finished=True)
-        shutil.rmtree(self.path / RECORDS, ignore_errors=True)
+        for folder in (self.path / RECORDS, *self.path.glob("rank-[0-9]*")):
+            shutil.rmtree(folder, ignore_errors=True)
         for file in [*self.path.glob("*-[0-9]*.safetensors"), *self.path.glob("*.states")]:
             file.unlink()
 

@@ -11,6 +11,7 @@ import errno
 import functools
 import inspect
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,7 @@ import yaml
 from typer.core import TyperGroup
 
 from transformers_mcmoe.cli.console import messages, quieten, say
+from transformers_mcmoe.distributed import RankLost
 from transformers_mcmoe.version import __version__
 
 
@@ -84,7 +86,8 @@ def command(name: str, panel: str) -> Callable[[Callable[..., None]], Callable[.
             except Exception as error:
                 if debug:
                     messages.print_exception()
-                say(f"Error: {sentence(error)}")
+                rank = os.environ.get("RANK", "0")  # of several processes that a launcher has started
+                say(f"Error{f' on rank {rank}' if rank != '0' else ''}: {sentence(error)}")
                 raise typer.Exit(1) from error
 
         signature = inspect.signature(function, eval_str=True)
@@ -153,6 +156,6 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         return f"{error.strerror}: '{error.filename}'." if error.filename else f"{error.strerror}."
     first = " ".join(text.split("\n\n")[0].split())
-    if isinstance(error, Refused | ValueError | OSError | ImportError | NotImplementedError) and first:
+    if isinstance(error, Refused | RankLost | ValueError | OSError | ImportError | NotImplementedError) and first:
         return first
     return f"{type(error).__name__}: {first}".rstrip(": ") + " (--debug shows where)."

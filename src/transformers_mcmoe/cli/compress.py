@@ -6,7 +6,9 @@ It adds nothing to what `from_pretrained` and `save_pretrained` do but the safe 
 
 from __future__ import annotations
 
+import logging
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,8 +18,9 @@ from transformers_mcmoe.cli.command import Refused, command
 from transformers_mcmoe.cli.console import notes, progress, say, show_json, show_pairs
 from transformers_mcmoe.cli.loading import is_packed, model_class, read_config
 from transformers_mcmoe.cli.options import compression_options, config_of
+from transformers_mcmoe.distributed import RankDone, world
 from transformers_mcmoe.integrations.hub import copy_tokenizer
-from transformers_mcmoe.progress import duration, size
+from transformers_mcmoe.progress import Progress, duration, size
 from transformers_mcmoe.report import REPORT_NAME, compression_report
 from transformers_mcmoe.workdir import FINGERPRINT, check_replaceable, is_begun, recover_directory, replace_directory
 
@@ -32,39 +35,46 @@ def compress(
         Path, typer.Option(help="Folder of the packed model; replaced as a whole at the end.", show_default=False)
     ],
     dtype: Annotated[str, typer.Option(help="Floating dtype of what stays dense.")] = "auto",
+    world_size: Annotated[
+        int | None, typer.Option(help="How many processes torchrun should have started; with others nothing is done.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compress MODEL into a folder, layer by layer.
 
-    The model need not fit into memory. The old content of the folder stays whole until the new one is finished.
+    The model need not fit into memory. The old content of the folder stays whole until the new one is finished. Several processes
+    share the work: torchrun --nproc-per-node 2 -m transformers_mcmoe compress ... (docs/scale.md).
     """
+    ranks = world()
+    if world_size not in (None, ranks.size):
+        raise Refused(
+            f"--world-size {world_size} was asked for, but {ranks.size} process{'es' * (ranks.size > 1)} run{'s' * (ranks.size == 1)}; start them with "
+            f"torchrun --nproc-per-node {world_size} -m transformers_mcmoe compress ..."
+        )
+    if ranks.size > 1 and ranks.leads:
+        say(f"{ranks.size} processes share the work.")
+    elif not ranks.leads:
+        logging.disable(logging.WARNING)  # the first rank says the same
     output = output.resolve()
     found = read_config(model)
     if is_packed(found):
         raise Refused(f"'{model}' is packed already; give the dense model it was made from.")
     own_work = options["work_dir"] is None
     work = _sibling(output, "work") if own_work else options["work_dir"]
-    recover_directory(output)
-    check_replaceable(output, REPORT_NAME)
-    if own_work and not options["resume"]:
-        clear_leftovers(work)
+    ranks.first(lambda: _begin(output, work if own_work and not options["resume"] else None))
     finished = False
     try:
-        with progress() as move:
+        with progress() if ranks.leads else nullcontext(_unseen) as move:
             config = config_of(options, work_dir=work, progress=move)
+            config.leaves = True
             packed = model_class(found).from_pretrained(model, quantization_config=config, dtype=dtype)
         save(packed, model, output)
         finished = True
+    except RankDone:
+        return
     finally:
-        # a run that is killed leaves its folders; one that is interrupted or fails only layers that it has finished
-        shutil.rmtree(_sibling(output, "new"), ignore_errors=True)
-        kept = not finished and is_begun(work)
-        if own_work and not kept:
-            clear_leftovers(work)
-        if kept:
-            say(f"Finished layers are kept in '{work}'; the same command with --resume goes on with them.")
-        if not finished and output.exists():
-            say(f"'{output}' is as it was.")
+        if ranks.leads:
+            _leave(output, work, own_work, finished)
     report = compression_report(packed)
     if as_json:
         show_json(report)
@@ -72,6 +82,30 @@ def compress(
     say(f"Saved {output}.")
     show_summary(report)
     notes(report)
+
+
+def _unseen(step: Progress) -> None:
+    """Progress of a rank that shows nothing."""
+
+
+def _begin(output: Path, leftovers: Path | None) -> None:
+    """Raise if the output cannot be replaced, and remove what a run that was killed left."""
+    recover_directory(output)
+    check_replaceable(output, REPORT_NAME)
+    if leftovers is not None:
+        clear_leftovers(leftovers)
+
+
+def _leave(output: Path, work: Path, own_work: bool, finished: bool = False) -> None:
+    """Tidy up: a run that is killed leaves its folders; one that is interrupted or fails only layers that it has finished."""
+    shutil.rmtree(_sibling(output, "new"), ignore_errors=True)
+    kept = not finished and is_begun(work)
+    if own_work and not kept:
+        clear_leftovers(work)
+    if kept:
+        say(f"Finished layers are kept in '{work}'; the same command with --resume goes on with them.")
+    if not finished and output.exists():
+        say(f"'{output}' is as it was.")
 
 
 def clear_leftovers(work: Path) -> None:

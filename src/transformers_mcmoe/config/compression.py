@@ -39,7 +39,18 @@ logger = logging.getLogger(__name__)
 QUANT_METHOD = "mcmoe"
 FORMAT_VERSION = 1
 # belong to one run on one machine, never stored
-RUNTIME = ("tokenizer", "processor", "work_dir", "max_memory", "target_size", "device", "progress", "asked", "resume")
+RUNTIME = (
+    "tokenizer",
+    "processor",
+    "work_dir",
+    "max_memory",
+    "target_size",
+    "device",
+    "progress",
+    "asked",
+    "resume",
+    "leaves",
+)
 
 
 class MCMoEConfig(QuantizationConfigMixin):
@@ -204,6 +215,8 @@ class MCMoEConfig(QuantizationConfigMixin):
         self.prune, self.rank = PruneConfig.read(prune), RankConfig.read(rank)
         self.odp = ODPConfig.read(odp) if odp is not False else False
         self.otp = OTPConfig.read(otp) if otp is not False else False
+        # whether ranks other than the first end once the layers are written
+        self.leaves = False
         # what a config given beside a packed checkpoint asks of its pruning
         self.asked: dict[str, Any] = {}
         self.progress = progress

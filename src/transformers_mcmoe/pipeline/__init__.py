@@ -25,6 +25,7 @@ import torch
 
 from transformers_mcmoe.calibration.sequences import Sequences as Calibration
 from transformers_mcmoe.config import MCMoEConfig
+from transformers_mcmoe.distributed import world
 from transformers_mcmoe.models.stream import Checkpoint, computing, open_runner
 from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.pipeline.allocating import LayerResult
@@ -107,7 +108,7 @@ def compress(
         ValueError, NotImplementedError, OSError: one sentence each, before any weight is read where possible.
     """
     with _prepared(model, checkpoint_files, config, dtype, work_dir) as (job, structure, calibration):
-        teacher = job.teach(work_dir / TEACHER)
+        teacher = job.teach(job.scratch / TEACHER)
         plan, files = job.run()
     return Compressed(
         plan=plan,
@@ -144,7 +145,8 @@ def _prepared(
     by_loss = config.drops is not None and config.drops.importance == "loss"
     if config.tuning_steps or (config.plan is None and (config.joint or by_loss)):
         check_head(model)
-    device = config.device or torch.device("cpu")
+    ranks = world()
+    device = ranks.device(config.device)
     meter = Meter(config.progress)
     with computing(), ExitStack() as stack:
         stack.callback(meter.close)
@@ -157,9 +159,10 @@ def _prepared(
         limit = hessian_memory(structure, config, dtype)
         # a run that needs no data still looks at what layers are given
         tokens = Calibration(torch.zeros(1, 8, dtype=torch.int64)) if calibration is None else calibration
-        work = WorkDir(work_dir, fingerprint_of(structure, config, checkpoint_files, tokens, dtype))
+        work = WorkDir(work_dir, fingerprint_of(structure, config, checkpoint_files, tokens, dtype), ranks.rank)
         need = disk_need(structure, config, tokens.numel(), dtype) + image_need(structure, tokens, dtype)
-        work.claim(need, config.resume)
+        ranks.first(lambda: work.claim(need, config.resume))
+        ranks.agree(work.join())
         stack.callback(work.clean)
         runner = open_runner(
             structure.model,
@@ -167,12 +170,13 @@ def _prepared(
             structure.names,
             list(structure.experts),
             tokens,
-            work.path,
+            work.scratch,
             dtype=dtype,
             device=device,
             batch_tokens=BATCH_TOKENS,
             limit=config.max_memory_bytes or None,
             judged=max(1, len(tokens) // JUDGED) if config.joint and config.plan is None else 0,
+            world=ranks,
         )
         if device.type == "cpu" and dtype.itemsize == 2:
             for experts in structure.experts.values():
@@ -180,6 +184,7 @@ def _prepared(
         job = Job(structure, runner, config, budgets, work, meter, limit)
         job.seconds["prepare"] = time.monotonic() - started
         yield job, structure, calibration
+        ranks.barrier()  # the first rank removes nothing that others still read
         work.clean(finished=True)
 
 

@@ -158,7 +158,7 @@ class Dropper:
         total = sum(experts.num_experts for experts in self._structure.experts.values())
         shapes = [state.shape for state in states]
         rows = sum(shape[0] * shape[1] for shape in shapes)
-        path = self._work.path / "without_experts.bin"
+        path = self._work.scratch / "without_experts.bin"
         kept = mapped_tensor(path, (total, rows, *states[0].shape[2:]), states[0].dtype)
 
         def put(n: int, found: Sequence[Tensor]) -> None:

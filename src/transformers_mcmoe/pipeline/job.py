@@ -54,6 +54,7 @@ class Job:
         limit: bytes that Hessians may take at once.
 
     Attributes:
+        scratch: where this process puts what others do not read.
         layers: measurements by experts path.
         fallbacks: what was done otherwise than usual, and why.
         seconds: time per stage.
@@ -73,7 +74,7 @@ class Job:
         limit: int,
     ) -> None:
         self._structure, self._runner, self._config, self._budgets = structure, runner, config, budgets
-        self._work, self._meter = work, meter
+        self._work, self._meter, self.scratch = work, meter, work.scratch
         self._allocator = Allocator(structure, config, budgets)
         self._watcher = Watcher(structure, runner, config, work, limit)
         self._joint: JointProgram | None = None
@@ -88,7 +89,7 @@ class Job:
             runner.spared = frozenset({ALLOCATE})  # what dense layers return is compared with
         self._measurer = Measurer(self._watcher, meter, self._joint)
         self._quantizer = LayerQuantizer(self._watcher, self._measurer, config, work, meter)
-        self._journal = Journal(work)
+        self._journal = Journal(work, runner.world)
         self.layers, self.fallbacks = self._watcher.layers, self._watcher.fallbacks
         self.seconds: dict[str, float] = {}
         self._earlier = 0.0  # seconds of the stage's layers that a run before this one has finished
@@ -382,4 +383,4 @@ class Job:
         known = [Plan.from_dict(record.data["plan"]) for record in records]
         experts = {path: widths for own in known for path, widths in own.experts.items()}
         linears = self._structure.linears if plan is None else plan.linears
-        return Plan(experts, linears), [self._quantizer.file(record) for record in records]
+        return Plan(experts, linears), [file for record in records for file in self._quantizer.files(record)]

@@ -107,9 +107,9 @@ class JointProgram:
         experts, config = self._structure.experts[path], self._config
         assert config.rank is not None
         options = list(self._rank_options(path))
-        found: dict[Option, list[float]] = {option: [] for option in options}
-        every = list(range(experts.num_experts))
-        for which, hessians, inputs in self._watcher.passes(i, path, every, ROLES, held_out=True):
+        found: dict[int, list[float]] = {}  # by expert, error of each option
+        mine = self._watcher.deal(path, range(experts.num_experts))
+        for which, hessians, inputs in self._watcher.passes(i, path, mine, ROLES, held_out=True):
             assert hessians is not None
             totals = {role: hessian.total.clone() for role, hessian in hessians.roles.items()}
             rounder = ExpertRounder(experts, which, hessians.roles, config, refits=0, sweeps=0)
@@ -118,10 +118,11 @@ class JointProgram:
                 roots = {role: root_of(total[n]) for role, total in totals.items()} if config.rank.whitened else {}
                 candidates = (self._stand_in(path, expert, option, bases, roots) for option in options)
                 sample = inputs.sample(expert)
-                errors = output_errors(experts, expert, sample, candidates, config.relative_errors)
-                for option, error in zip(options, errors, strict=True):
-                    found[option].append(error)
-        self._factored[path] = found
+                found[expert] = output_errors(experts, expert, sample, candidates, config.relative_errors)
+        found = self._runner.world.merge(found)
+        self._factored[path] = {
+            option: [found[expert][n] for expert in range(experts.num_experts)] for n, option in enumerate(options)
+        }
 
     def _stand_in(
         self,

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from transformers_mcmoe.distributed import World
 from transformers_mcmoe.workdir import WorkDir
 
 logger = logging.getLogger(__name__)
@@ -41,40 +42,45 @@ class Record:
 
 
 class Journal:
-    """The records of one compression.
+    """The records of one compression, which its ranks share and the first writes.
 
     Args:
         work: its folder.
+        world: its ranks.
     """
 
-    def __init__(self, work: WorkDir) -> None:
-        self._work = work
+    def __init__(self, work: WorkDir, world: World) -> None:
+        self._work, self._world = work, world
 
     def records(self, name: str, most: int) -> list[Record]:
         """Those of the first layers of a pass, up to `most`, without a gap; the file that a layer was written to must be there."""
         found: list[Record] = []
         while len(found) < most:
             record = self._read(f"{name}-{len(found):05d}")
-            if record is None or not (self._work.path / record.data.get("file", "")).exists():
+            if record is None or not all((self._work.path / file).exists() for file in record.data.get("files", ())):
                 break
             found.append(record)
+        found = found[: self._world.first(lambda: len(found))]
         if found:
             logger.info("%s: %d of %d layers are finished.", name, len(found), most)
         return found
 
     def write(self, name: str, layer: int, record: Record) -> None:
-        """Write down what a layer of a pass came to."""
+        """Write down what a layer of a pass came to, once all ranks are through with it."""
+        self._world.barrier()
         self._write(f"{name}-{layer:05d}", record)
 
     def once(self, name: str, find: Callable[[], Any]) -> Any:
         """What `find` returned, JSON-serialisable, in this run or in one before it."""
-        known = self._read(name)
+        known = self._world.first(lambda: self._read(name))
         if known is None:
             known = Record({"value": find()})
             self._write(name, known)
         return known.data["value"]
 
     def _write(self, name: str, record: Record) -> None:
+        if not self._world.leads:
+            return
         header = {_KEY: json.dumps([record.data, record.seconds, record.fallbacks])}
         self._work.write_record(name, record.tensors, header)
 

@@ -7,7 +7,7 @@ Knows layers and widths on dense activations; it does not choose.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -137,24 +137,30 @@ class Measurer:
             return outputs.change()
 
         run()
+        world, found = self._runner.world, dict[str, float]()
+        mine = set(world.deal(paths))
         tokens = self._runner.tokens.numel(self._runner.sequences)
         lowest = {path: self._structure.choices[path][0] for path in paths}
         for path, matrix in self._watcher.linears(i, lowest, quick=True):
+            if path not in mine:
+                continue
             module: Any = self._structure.model.get_submodule(path)
             dense = module.weight.data
             module.weight.data = dequantize(matrix, lowest[path], dense.shape[1]).to(dense)
-            change = run() * tokens**0.5
+            found[path] = run() * tokens**0.5
             module.weight.data = dense
+        found = world.merge(found)
+        for path in paths:
             self.linears[path] = {
-                bits: change * 2.0 ** (lowest[path] - bits) for bits in self._structure.choices[path]
+                bits: found[path] * 2.0 ** (lowest[path] - bits) for bits in self._structure.choices[path]
             }
         return paths
 
-    def measure(self, i: int, path: str) -> dict[tuple[int, int], Packed]:
+    def measure(self, i: int, path: str) -> dict[tuple[int, int], Packed] | None:
         """Errors of every width of every expert of a module.
 
-        Returns packed matrices they were measured with, by expert and width, where they are the final ones; else none, as
-        GPTQ did not see the sequences that errors are measured on.
+        Returns packed matrices they were measured with, by expert and width, of the experts of this rank, where they are the final
+        ones; else None, as GPTQ did not see the sequences that errors are measured on.
         """
         config, experts = self._config, self._structure.experts[path]
         candidates: dict[tuple[int, int], Packed] = {}
@@ -168,9 +174,9 @@ class Measurer:
         skips = feedback and config.relative_errors
         between = {b: pair for b, pair in BETWEEN.items() if skips and {b, *pair} <= {*config.expert_bits}}
         widths = [bits for bits in config.expert_bits if bits not in between]
-        every = list(self._structure.kept_of(path))
+        mine = self._watcher.deal(path, self._structure.kept_of(path))
         for which, hessians, inputs in self._watcher.passes(
-            i, path, every, ROLES if feedback or traced else (), held_out=feedback
+            i, path, mine, ROLES if feedback or traced else (), held_out=feedback
         ):
             traces = {role: h.traces().tolist() for role, h in hessians.roles.items()} if hessians and traced else None
             grid = None if final else PLAIN
@@ -187,14 +193,21 @@ class Measurer:
                 self._meter.expert_done(expert, experts.num_experts)
                 if final and not feedback:
                     candidates |= {(expert, bits): matrices for bits, matrices in own.items()}
+        if traced:
+            result.hessian_errors = {bits: result.hessian_errors.get(bits, []) for bits in widths}
         for errors in (result.errors, result.hessian_errors, *result.role_errors.values()):
-            for bits, measured in errors.items():  # those of kept experts, in order
-                found = dict(zip(every, measured, strict=True)) if measured else {}
-                errors[bits] = [found.get(expert, 0.0) for expert in range(experts.num_experts)]
+            for bits, measured in self._gathered(errors, mine).items():
+                errors[bits] = [measured.get(expert, 0.0) for expert in range(experts.num_experts)]
         for errors in (result.errors, *result.role_errors.values()):
             for bits, (low, high) in between.items():
                 errors[bits] = [math.sqrt(a * b) for a, b in zip(errors[low], errors[high], strict=True)]
-        return candidates
+        return candidates if final and not feedback else None
+
+    def _gathered(self, errors: Mapping[int, list[float]], mine: Sequence[int]) -> dict[int, dict[int, float]]:
+        """By width, the errors of the experts of all ranks; those of this one's are in their order."""
+        own = {bits: dict(zip(mine, measured, strict=True)) if measured else {} for bits, measured in errors.items()}
+        parts = self._runner.world.gather(own)
+        return {bits: {expert: error for part in parts for expert, error in part[bits].items()} for bits in own}
 
     def _errors(
         self,

@@ -7,7 +7,7 @@ which layer comes when (`job`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,25 +67,34 @@ class LayerQuantizer:
             widths[path], matrices = self._experts(i, path, None if plan is None else plan.experts[path], allocator)
             writer.experts(self._structure.experts[path], widths[path], matrices, tensors, replace)
             del matrices
-        file = self._work.write_layer(i, tensors, name)
-        record.data |= {"file": file.name, "plan": Plan(widths, own).to_dict()}
+        record.data |= {"files": self._write(i, tensors, name), "plan": Plan(widths, own).to_dict()}
         self._watcher.remember(i, record)
         return record
+
+    def _write(self, i: int, tensors: dict[str, Tensor], name: str) -> list[str]:
+        """Write a layer, every rank its part; returns the names of all parts."""
+        world = self._watcher.runner.world
+        if world.size == 1:
+            return [self._work.write_layer(i, tensors, name).name]
+        mine = set(world.deal(list(tensors), [float(x.numel()) for x in tensors.values()]))
+        part = {key: x for key, x in tensors.items() if key in mine}
+        return world.gather(self._work.write_layer(i, part, name, f"-{world.rank:05d}").name)
 
     def recall(self, record: Record, writer: Writer, replace: bool) -> None:
         """What `layer` did, in a run before this one."""
         self._watcher.recall(record)
         plan = Plan.from_dict(record.data["plan"])
-        tensors, rewritten = load_file(self.file(record)), dict[str, Tensor]()
+        tensors = {key: x for file in self.files(record) for key, x in load_file(file).items()}
+        rewritten: dict[str, Tensor] = {}
         for path, bits in plan.linears.items():
             writer.linear(path, tensors[writer.published(f"{path}.weight")], bits, rewritten, replace)
         for path, widths in plan.experts.items():
             experts = self._structure.experts[path]
             writer.experts(experts, widths, writer.packed(experts, tensors), rewritten, replace)
 
-    def file(self, record: Record) -> Path:
-        """The file that a layer was written to."""
-        return self._work.path / record.data["file"]
+    def files(self, record: Record) -> list[Path]:
+        """The files that a layer was written to."""
+        return [self._work.path / file for file in record.data["files"]]
 
     def _experts(
         self, i: int, path: str, widths: ExpertWidths | None, allocator: Allocator
@@ -95,8 +104,9 @@ class LayerQuantizer:
             if self._config.allocation in MEASURED:
                 candidates = self._measurer.measure(i, path)
                 widths = allocator.layer(path, self._watcher.layers[path])
-                if candidates:
-                    return widths, {expert: candidates[expert, widths.gate_up[expert]] for expert in widths.kept}
+                if candidates is not None:
+                    chosen = ((expert, widths.gate_up[expert]) for expert in widths.kept)
+                    return widths, self._union({own[0]: candidates[own] for own in chosen if own in candidates})
             else:
                 if self._config.allocation != "uniform" or self._config.rounding == "nearest":
                     self._watcher.observe(i, path, None)
@@ -107,15 +117,24 @@ class LayerQuantizer:
         """Packed matrices of the experts that a plan keeps."""
         experts = self._structure.experts[path]
         kept = list(widths.kept)
+        mine = self._watcher.deal(path, kept)
         packed: dict[int, Packed] = {}
         if self._config.rounding == "nearest":
-            passes: Iterable[Any] = [(kept, None, None)]
+            passes: Iterable[Any] = [(mine, None, None)] if mine else []
         else:
-            passes = self._watcher.passes(i, path, kept, ROLES[:1] if self._config.sequential else ROLES)
+            passes = self._watcher.passes(i, path, mine, ROLES[:1] if self._config.sequential else ROLES)
         for which, hessians, inputs in passes:
             packed |= self._round_run(i, path, widths, which, hessians, inputs)
             self._meter.expert_done(which[-1], experts.num_experts)
-        return packed
+        return self._union(packed)
+
+    def _union(self, packed: Mapping[int, Packed]) -> dict[int, Packed]:
+        """The packed matrices of all ranks."""
+        flat = {(expert, name): matrix for expert, own in packed.items() for name, matrix in own.items()}
+        found: dict[int, Packed] = {}
+        for (expert, name), matrix in self._watcher.runner.world.union(flat).items():
+            found.setdefault(expert, {})[name] = matrix
+        return found
 
     def _round_run(
         self,

@@ -235,15 +235,22 @@ def round_linears(
     if config.rounding == "gptq" and modules:
         groups, busy = probe_inputs(modules, experts, lambda: runner.replay(i, PROBED))
         for leaders in _runs(groups, modules, limit):
-            hessians = _count(runner, i, {path: modules[path] for path in leaders}, [] if busy else experts)
-            for leader in leaders:
+            costs = [float(sum(modules[path].weight.numel() for path in groups[leader])) for leader in leaders]
+            mine = runner.world.deal(
+                leaders, [c * modules[n].weight.shape[1] for c, n in zip(costs, leaders, strict=True)]
+            )
+            packed: dict[str, Tensor] = {}
+            hessians = _count(runner, i, {path: modules[path] for path in mine}, [] if busy else experts)
+            for leader in mine:
                 factor = _factor(hessians.pop(leader).total, config, leader)
                 for path in groups[leader]:
                     weight = modules[path].weight.data[None]
                     rounds = (0, 0) if quick else (REFITS, config.sweeps)
-                    yield path, pack(gptq(weight, factor, widths[path], grid_of(config), *rounds)).cpu()
+                    packed[path] = pack(gptq(weight, factor, widths[path], grid_of(config), *rounds)).cpu()
                 del factor
                 return_free_memory()
+            packed = runner.world.union(packed)
+            yield from ((path, packed[path]) for leader in leaders for path in groups[leader])
     reached = {path for paths in groups.values() for path in paths}
     for path in (path for path in widths if path not in reached):
         if config.rounding == "gptq":
@@ -257,6 +264,8 @@ def _count(
     runner: LayerRunner, i: int, modules: Mapping[str, nn.Module], idle: Iterable[Experts]
 ) -> dict[str, Hessian]:
     """Hessians of linear layers, by path, in one pass over all tokens."""
+    if not modules:
+        return {}
     hessians = {
         path: Hessian.zeros(1, module.weight.shape[1], module.weight.device)  # type: ignore[union-attr,index,arg-type]
         for path, module in modules.items()

@@ -82,6 +82,9 @@ class Watcher:
         """
         experts = self.structure.experts[path]
         inputs: ExpertInputs | None = None
+        if not which:  # all of them are other ranks'
+            self.observe(i, path, None, held_out)
+            return
         for run in chunks(experts, which, self._limit) if roles else [which]:
             counted = ExpertHessians(experts, run, roles) if roles else None
             if inputs is None:
@@ -95,6 +98,20 @@ class Watcher:
             yield run, counted, inputs
             del counted
             return_free_memory()
+
+    def deal(self, path: str, which: Sequence[int]) -> list[int]:
+        """Those of a module's experts that this rank measures and rounds."""
+        experts, config, routing = self.structure.experts[path], self.config, self.layers[path].routing
+        tokens = None if routing is None else routing.tokens.tolist()
+        even = self.runner.tokens.numel() / experts.num_experts
+        shapes = [(p.out_features, p.in_features) for p in experts.projections]
+        # products of weights and of factorizations, and of tokens with themselves
+        rounding = sum((2 + 2 * config.sweeps) * rows * columns**2 for rows, columns in shapes)
+        columns = {p.role: p.in_features for p in experts.projections}.values()
+        rounding += sum(4 * size**3 for size in columns)
+        each = sum(size**2 for size in columns)
+        costs = [rounding + (even if tokens is None else tokens[expert]) * each for expert in which]
+        return self.runner.world.deal(which, costs)
 
     def behind(
         self, i: int, path: str, rounded: Mapping[int, Mapping[str, Tensor]], inputs: ExpertInputs
@@ -137,7 +154,7 @@ class Watcher:
     def observe(self, i: int, path: str, hessians: ExpertHessians | None, held_out: bool = False) -> ExpertInputs:
         """Run layer i with idle experts; count and sample what reaches them."""
         experts, result = self.structure.experts[path], self.layers[path]
-        samples = self._work.path / "expert_inputs.bin"
+        samples = self._work.scratch / "expert_inputs.bin"
         inputs = ExpertInputs(experts.num_experts, samples, self.config.seed)
         ratios = RoutingRatios(experts.num_experts)
         with record_routing(experts.module, experts, ratios):

@@ -18,6 +18,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from transformers_mcmoe.calibration.sequences import Sequences
+from transformers_mcmoe.distributed import World
 from transformers_mcmoe.memory import large_blocks_apart, quick_collections
 from transformers_mcmoe.models.experts import stacks_of
 from transformers_mcmoe.models.names import CheckpointNames
@@ -76,6 +77,7 @@ def open_runner(
     batch_tokens: int,
     limit: int | None = None,
     judged: int = 0,
+    world: World | None = None,
 ) -> LayerRunner:
     """A runner for a model's decoder layers: streamed where possible, else with the whole model loaded.
 
@@ -91,6 +93,7 @@ def open_runner(
         batch_tokens: of a forward pass, at most; a longer sequence is one by itself.
         limit: bytes that a model which cannot be streamed may take.
         judged: see `LayerRunner`; 0 for a model that cannot be streamed.
+        world: see `LayerRunner`; default this process alone.
 
     Raises:
         ValueError: the model cannot be streamed and is larger than `limit`, or the checkpoint does not fit it.
@@ -102,7 +105,7 @@ def open_runner(
     try:
         if len(stacks) > 1:
             raise NotStreamable(f"its experts lie in {len(stacks)} stacks of layers ({', '.join(stacks)})")
-        return LayerStream(weights, layers, tokens, work_dir, batch_tokens, judged)
+        return LayerStream(weights, layers, tokens, work_dir, batch_tokens, judged, world or World())
     except NotStreamable as error:
         size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
         if limit is not None and size > limit:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from transformers_mcmoe.calibration.sequences import Batch, Sequences
+from transformers_mcmoe.distributed import World
 from transformers_mcmoe.models.stream.checkpoint import Weights
 from transformers_mcmoe.workdir import mapped_tensor
 
@@ -45,6 +46,7 @@ class LayerRunner(ABC):
 
     Attributes:
         weights: the model and its checkpoint.
+        world: the ranks that share the work of `advance`; all hold all hidden states.
         layers: paths of the decoder layers, in the order of execution.
         sequences: calibration sequences that are run.
         tokens: all of them.
@@ -56,6 +58,7 @@ class LayerRunner(ABC):
     """
 
     weights: Weights
+    world: World = World()
     layers: list[str]
     sequences: int
     tokens: Sequences

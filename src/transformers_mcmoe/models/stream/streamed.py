@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from transformers_mcmoe.calibration.sequences import Batch, Sequences
+from transformers_mcmoe.distributed import World
 from transformers_mcmoe.memory import return_free_memory
 from transformers_mcmoe.models.experts.base import forward_as
 from transformers_mcmoe.models.stream.checkpoint import Weights, unload
@@ -54,8 +55,9 @@ class LayerStream(LayerRunner):
         work_dir: Path,
         batch_tokens: int,
         judged: int = 0,
+        world: World = World(),  # noqa: B008
     ) -> None:
-        self.weights, self.layers, self.sequences = weights, layers, len(tokens)
+        self.weights, self.layers, self.sequences, self.world = weights, layers, len(tokens), world
         self._modules = [weights.model.get_submodule(path) for path in layers]
         self._keys = self._group_keys()
         self._batch_tokens, self.judged = batch_tokens, judged
@@ -233,10 +235,18 @@ class LayerStream(LayerRunner):
             if pass_name not in {name, *self.spared} or (pass_name == name and int(number) != layer):
                 file.unlink()
         self._embed()
+        if layer:
+            self._hand_on(self._hidden)
 
     def reached(self, name: str, most: int) -> int:
         files = (self._folder / f"{name}-{layer:05d}{STATES}" for layer in range(most, 0, -1))
-        return next((most - n for n, file in enumerate(files) if file.is_file()), 0)
+        return self.world.first(lambda: next((most - n for n, file in enumerate(files) if file.is_file()), 0))
+
+    def _hand_on(self, states: HiddenStates) -> None:
+        """Give all ranks what the first has kept."""
+        if self.world.size > 1:
+            for part in self._batches:
+                states[part] = self.world.share(states[part].clone(), 0)
 
     @contextmanager
     def loaded(self, i: int) -> Iterator[nn.Module]:
@@ -337,8 +347,11 @@ class LayerStream(LayerRunner):
                 unload(head)
 
     def outputs(self, sequences: int, path: Path, done: Callable[[], None]) -> HiddenStates:
-        if path.is_file():  # an earlier run got as far
-            return HiddenStates(path, self._lengths[:sequences], self._like)
+        if self.world.first(path.is_file):  # an earlier run got as far
+            kept = HiddenStates(path, self._lengths[:sequences], self._like)
+            self.sequences, self._batches = sequences, self._split(sequences)
+            self._hand_on(kept)
+            return kept
         first = self.reached(TEACH, len(self.layers))
         self.restart(sequences, TEACH, first)
         for i in range(len(self.layers)):
@@ -359,8 +372,13 @@ class LayerStream(LayerRunner):
             # inputs of the layer before stay until its results are written down
             self._file(self._layer - 1).unlink(missing_ok=True)
         squares, following = [], self._states(self._layer + 1, ".tmp")
+        size, rank = self.world.size, self.world.rank
         for index, batch in enumerate(self._batches):
-            output = self._run(i, index)
+            turn = index - index % size  # every rank runs one of `size` batches, then each hands its own on
+            if index == turn and turn + rank < len(self._batches):
+                own = self._run(i, turn + rank).to(self._like.dtype).contiguous()
+            output = own if index == turn + rank else torch.empty_like(following[batch], device=self.weights.device)
+            self.world.share(output, index - turn)
             squares.append(squared_norms(output))
             following[batch] = output
         self._layer += 1
