@@ -42,6 +42,7 @@ def check_same(one: dict, several: dict) -> None:
         assert several[name]["report"] == one[name]["report"], name
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(tmp_path):
     check_same(*both(tmp_path, QUICK))
 
@@ -106,6 +107,7 @@ def test_command(dense, tmp_path):
     assert "holds no compressed model" in " ".join(foreign.stderr.split())
 
 
+@pytest.mark.slow
 def test_one_process_where_more_were_asked_for(dense, tmp_path):
     command = [sys.executable, *arguments(dense, tmp_path / "out", "--world-size", "2")]
     found = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)

@@ -48,7 +48,7 @@ def compress(
     ranks = world()
     if world_size not in (None, ranks.size):
         raise Refused(
-            f"--world-size {world_size} was asked for, but {ranks.size} process{'es' * (ranks.size > 1)} run{'s' * (ranks.size == 1)}; start them with "
+            f"--world-size {world_size} was asked for, but {'1 process runs' if ranks.size == 1 else f'{ranks.size} processes run'}; start them with "
             f"torchrun --nproc-per-node {world_size} -m transformers_mcmoe compress ..."
         )
     if ranks.size > 1 and ranks.leads:
