@@ -74,6 +74,7 @@ def test_defaults():
         "gamma": 2.0,
         "eps": "final",
         "granularity": "projection",
+        "expert_parallel": 1,
         "at_least": {},
         "preset": None,
         "rounding": "gptq",
@@ -137,7 +138,9 @@ def test_every_option_is_in_the_round_trip():
         "format_version",
         "average_bits",
         "preset",
+        "expert_parallel",  # does not go with prune; see below
     } | {"bits"}
+    assert MCMoEConfig.from_dict(MCMoEConfig(expert_parallel=4).to_dict()).expert_parallel == 4
     defaults = MCMoEConfig()
     assert all(getattr(defaults, name) != value for name, value in OPTIONS.items())
 

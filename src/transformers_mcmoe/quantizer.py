@@ -49,7 +49,7 @@ from transformers_mcmoe.pruning import (
     trained,
     with_thresholds,
 )
-from transformers_mcmoe.report import build_report, read_report, write_report
+from transformers_mcmoe.report import build_report, expert_placement, read_report, write_report
 from transformers_mcmoe.routing import ROUTER, ExpertPruning, attached, set_router
 from transformers_mcmoe.tuning import tune
 
@@ -146,10 +146,12 @@ class MCMoEHfQuantizer(HfQuantizer):
             self.report = build_report(model, self.quantization_config, self._result)
             self.quantization_config.bits = round(average_bits(self._result.matrices), 6)
             self._tune(model, self._result)
-            self._result = None
             if not self.quantization_config.leaves:
                 self._world.barrier()  # all ranks have read the files, which the first may remove
         self._prune(model)
+        if self._result is not None and self.report is not None and self.quantization_config.expert_parallel > 1:
+            self.report["expert_parallel"] = expert_placement(self.quantization_config, self._result)
+        self._result = None
         _tell_peft()
         model.save_pretrained = types.MethodType(save_pretrained, model)
         model.push_to_hub = types.MethodType(push_to_hub, model)

@@ -131,6 +131,13 @@ def _sibling(output: Path, what: str) -> Path:
     return output.with_name(f".{output.name}.mcmoe-{what}")
 
 
+def _placed(found: dict[str, Any]) -> str:
+    """What the ranks of expert parallelism hold and are sent."""
+    names = {"bytes": "bytes", "tokens": "tokens", "tokens_after_odp": "tokens after pruning"}
+    uneven = (f"{head} {found[f'{name}_max_over_mean']:.3f}" for name, head in names.items() if name in found)
+    return f"{found['ranks']} ranks of {size(max(found['bytes']))}; fullest over even: {', '.join(uneven)}"
+
+
 def show_summary(report: dict[str, Any]) -> None:
     """Sizes and times of a compression."""
     sizes, dropped = report["sizes"], report.get("dropped_experts")
@@ -140,6 +147,7 @@ def show_summary(report: dict[str, Any]) -> None:
             *([("dropped experts", lost)] if lost else []),
             ("average bits", f"{report['average_bits']:.4f}"),
             ("bits per weight", f"{report['bits_per_weight']:.4f} (scales and zeros included)"),
+            *([("expert parallel", _placed(report["expert_parallel"]))] if "expert_parallel" in report else []),
             ("size", f"{size(sizes['total_bytes'])}, dense {size(sizes['dense_bytes'])}"),
             ("time", ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in report["seconds"].items())),
         ]

@@ -39,6 +39,7 @@ PANELS = {
         "eps",
         "granularity",
         "at_least",
+        "expert_parallel",
     ),
     "Rounding": (
         "rounding",

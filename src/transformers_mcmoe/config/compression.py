@@ -81,6 +81,8 @@ class MCMoEConfig(QuantizationConfigMixin):
             the hidden states; "nearest" with plain rounding over the whole range, absolute, as the papers do.
         granularity: "expert" gives all matrices of an expert one width; "projection" chooses for gate and up, and for down, apart; under
             the same conditions, where it is the default.
+        expert_parallel: ranks that the experts will be served on, in blocks of equal size; each rank's experts get the same share of the
+            budget, so that no rank holds more bytes than another, and the report says what each is sent (docs/scale.md).
         at_least: width -> least number of experts of a layer that take it; {3: 1, 2: 1} is the papers' constraint.
         tuning_steps: steps of training on the KL divergence from the dense model's output, once the model is packed: scales and
             zeros of all matrices, norms and routers move, codes stay. A step is one calibration sequence, or several that have
@@ -147,6 +149,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         gamma: float = 2.0,
         eps: str = "final",
         granularity: str | None = None,
+        expert_parallel: int = 1,
         at_least: Mapping[int, int] | None = None,
         preset: str | None = None,
         rounding: str = "gptq",
@@ -184,6 +187,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         self.bits, self.target_size = bits, target_size
         self.expert_bits = tuple(expert_bits) if isinstance(expert_bits, Sequence) else expert_bits
         self.granularity = granularity
+        self.expert_parallel = expert_parallel
         self.attention_bits, self.shared_expert_bits = as_widths(attention_bits), as_widths(shared_expert_bits)
         self.group_size = group_size
         self.budget = budget

@@ -75,6 +75,10 @@ def validate(config: MCMoEConfig) -> None:
         check(isinstance(value, int | float) and value >= 0, name, value, "a number >= 0")
     known = all(w in widths and isinstance(n, int) and n >= 0 for w, n in config.at_least.items())
     check(known, "at_least", config.at_least, f"a dict from widths of expert_bits {widths} to counts >= 0")
+    ranks = config.expert_parallel
+    check(isinstance(ranks, int) and ranks > 0, "expert_parallel", ranks, "a positive integer")
+    free = not (config.at_least or config.prune or config.joint)
+    check(ranks == 1 or free, "expert_parallel", ranks, "1 with at_least, prune, or 'auto': ranks would not be alike")
     for name in ("num_samples", "seq_len"):
         value = getattr(config, name)
         check(isinstance(value, int) and value > 0, name, value, "a positive integer")

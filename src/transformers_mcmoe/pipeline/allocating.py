@@ -95,14 +95,27 @@ class Allocator:
 
     def layer(self, path: str, result: LayerResult) -> ExpertWidths:
         """Widths of one experts module under its own budget."""
+        count, budgets = len(self._structure.kept_of(path)), self._shares(path)
         if self._config.allocation == "uniform":
-            count = len(self._structure.kept_of(path))
-            choice = uniform(count, self._config.expert_bits, self._budgets[path], self._random(path))
+            random, each = self._random(path), count // len(budgets)
+            choice = np.concatenate([uniform(each, self._config.expert_bits, budget, random) for budget in budgets])
         else:
-            budget = self._budgets[path] * self._structure.expert_weights(path)
-            choice = solve(self._cost(path, result), self._price(path), budget, at_least=self._at_least())
+            weights = self._structure.expert_weights(path)
+            choice = solve(
+                self._cost(path, result),
+                self._price(path),
+                [budget * weights for budget in budgets],
+                group=np.arange(count) * len(budgets) // count,
+                at_least=self._at_least(),
+            )
         widths = self._spread(path, self._bits[choice])
         return ExpertWidths(widths, widths, *self._factors(path))
+
+    def _shares(self, path: str) -> list[int]:
+        """Sum of widths of a module's experts on each rank; what cannot be shared evenly goes to other ranks in each module."""
+        ranks, budget = self._config.expert_parallel, self._budgets[path]
+        first = self._index[path] * (budget % ranks)
+        return [budget // ranks + ((rank - first) % ranks < budget % ranks) for rank in range(ranks)]
 
     def model(
         self,
@@ -137,16 +150,36 @@ class Allocator:
             at_least=self._at_least(),
             allowed=columns[2],
         )
+        if self._config.expert_parallel > 1:
+            experts = sum(counts)
+            left = (
+                self._budget()
+                + self._lowest(linears)
+                - float(columns[1][np.arange(len(choice)), choice][experts:].sum())
+            )
+            choice[:experts] = self._by_rank([column[:experts] for column in columns], counts, left)
         widths = {kind: self._bits[choice[group == n]].tolist() for n, kind in enumerate(kinds)}
-        experts = {}
+        found = {}
         for path in results:
             gate_up, down = (self._spread(path, widths[path, role if roles else None]) for role in ROLES)
-            experts[path] = ExpertWidths(gate_up, down, *self._factors(path))
+            found[path] = ExpertWidths(gate_up, down, *self._factors(path))
         chosen = {
             path: self._structure.choices[path][option]
             for path, option in zip(linears, choice[sum(counts) :], strict=True)
         }
-        return Plan(experts, self._structure.linears | chosen)
+        return Plan(found, self._structure.linears | chosen)
+
+    def _by_rank(self, columns: list[np.ndarray], counts: list[int], budget: float) -> np.ndarray:
+        """Options of all experts where every rank of expert parallelism has the same share of a budget.
+
+        Args:
+            columns: cost, price and what is allowed, [N, J].
+            counts: experts of each module, or of each of its roles, in their order.
+            budget: bits of all of them.
+        """
+        ranks = self._config.expert_parallel
+        group = np.concatenate([np.arange(count) * ranks // count for count in counts])
+        return solve(columns[0], columns[1], [budget / ranks] * ranks, group=group, allowed=columns[2])
 
     def _linear(self, path: str, errors: Mapping[int, float], scale: float) -> tuple[np.ndarray, np.ndarray]:
         """Cost and price [1, J] of the widths of a linear layer."""

@@ -138,6 +138,11 @@ def budgets_of(structure: Structure, config: MCMoEConfig) -> dict[str, int]:
         structure.check(config.plan)
         check_plan(structure, config.plan)
         return {}
+    for path, experts in structure.experts.items():
+        if experts.num_experts % config.expert_parallel:
+            raise ValueError(
+                f"expert_parallel={config.expert_parallel} does not divide the {experts.num_experts} experts of '{path}'; give a divisor of it."
+            )
     linears = structure.linear_weights()
     kept = kept_counts(structure, config)
     if config.factors is not None:

@@ -8,9 +8,18 @@ from transformers_mcmoe.report.building import (
     REPORT_NAME,
     build_report,
     compression_report,
+    expert_placement,
     load_report,
     read_report,
     write_report,
 )
 
-__all__ = ["REPORT_NAME", "build_report", "compression_report", "load_report", "read_report", "write_report"]
+__all__ = [
+    "REPORT_NAME",
+    "build_report",
+    "compression_report",
+    "expert_placement",
+    "load_report",
+    "read_report",
+    "write_report",
+]

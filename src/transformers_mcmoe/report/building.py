@@ -19,11 +19,12 @@ from transformers.utils import cached_file
 from transformers_mcmoe.calibration.data import DEFAULT_DATASET
 from transformers_mcmoe.calibration.images import sees_images
 from transformers_mcmoe.calibration.rows import DEFAULT_IMAGES
-from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig
+from transformers_mcmoe.config import FORMAT_VERSION, MCMoEConfig, ODPConfig
 from transformers_mcmoe.config.values import is_mixture
 from transformers_mcmoe.integrations.card import inherited
 from transformers_mcmoe.pipeline import Compressed, LayerResult
 from transformers_mcmoe.plan import Matrix, average_bits, bits_per_weight
+from transformers_mcmoe.report.placement import placement
 from transformers_mcmoe.version import versions
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def build_report(model: nn.Module, config: MCMoEConfig, result: Compressed) -> d
         weights read for one token, by the calibration's routing; None without calibration), `coverage`, `errors` by width, `role_errors` by
         role and width where roles have widths of their own, `fallbacks`, `sizes` in bytes,
         `seconds` by stage, `calibration_source` and `calibration_sha256` (of the token ids), `plan_given`, `versions`, `config`.
+        With `expert_parallel` also that: what each rank holds and is sent, see `placement`.
         `sizes["parts"]` has the bytes of experts by width ("experts, 2 bits"), of the other packed matrices, of embeddings
         and output head, and of the rest.
     """
@@ -218,6 +220,18 @@ def _activated_bytes(model: Any, config: MCMoEConfig, result: Compressed) -> int
             share = layer.routing.tokens.to(torch.float64) / result.tokens
             read += sum(float(s) * sizes.get(f"{path}.{e}", 0) for e, s in enumerate(share))
     return round(read)
+
+
+def expert_placement(config: MCMoEConfig, result: Compressed) -> dict[str, Any]:
+    """What the ranks of `expert_parallel` hold and are sent, see `placement`; under the thresholds that the config has by now."""
+    known = _expert_bytes(result, config.group_size)
+    sizes = {
+        path: [float(known[f"{path}.{expert}"]) for expert in range(len(widths.gate_up))]
+        for path, widths in result.plan.experts.items()
+    }
+    odp = config.odp if isinstance(config.odp, ODPConfig) else None
+    images = result.image_tokens / max(1, result.tokens)
+    return placement(config.expert_parallel, sizes, result.layers, odp, images)
 
 
 def _expert_bytes(result: Compressed, group_size: int) -> dict[str, int]:

@@ -70,6 +70,30 @@ class RoutingRatios:
         total._least, total._most = min(self._least, other._least), max(self._most, other._most)
         return total
 
+    def kept(self, levels: Sequence[float], protect: float = 0.0, drop_all: float = 0.0) -> list[float]:
+        """(token, slot) pairs that each expert keeps, [E], if slots 2..K with ratios below these levels are skipped.
+
+        With several levels, those of an expert are cut at the one ratio that skips as many slots as they do together.
+
+        Args:
+            levels: mu of slots 2..K.
+            protect: share of the tokens that skip nothing.
+            drop_all: share that skips all of its slots.
+        """
+        skipped = sum(
+            float(counts[: round(level * BINS)].sum()) for counts, level in zip(self._ranks, levels, strict=True)
+        )
+        every = self._experts.sum(0, dtype=torch.float64).cumsum(0)
+        cut = torch.searchsorted(every, torch.tensor(skipped, dtype=torch.float64), right=True)
+        within = every[cut - 1] if cut else every.new_zeros(())
+        part = (skipped - float(within)) / max(1.0, float(every[cut.clamp(max=len(every) - 1)] - within))
+        gone = self._experts[:, :cut].sum(-1, dtype=torch.float64)
+        if cut < len(every):
+            gone += min(part, 1.0) * self._experts[:, cut]
+        own = self._first + self._experts.sum(-1)
+        kept = own - (1 - protect - drop_all) * gone - drop_all * own
+        return kept.tolist()  # type: ignore[no-any-return]
+
     def to_record(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON form, and tensors by name."""
         tensors = {"ranks": self._ranks, "experts": self._experts, "first": self._first}
