@@ -122,6 +122,22 @@ def test_layers_that_need_each_other_fall_back(tmp_path, caplog):
         mixtral.MixtralModel.forward = original
 
 
+def test_places_are_those_of_the_tensors(tmp_path):
+    folder = save_dense("mixtral", tmp_path / "dense")
+    files = sorted(folder.glob("*.safetensors"))
+    checkpoint = Checkpoint(files)
+    for key, part in checkpoint.slices.items():
+        ((file, start, stop),) = checkpoint.places([key])
+        assert file.read_bytes()[start:stop] == part[:].contiguous().view(torch.uint8).numpy().tobytes()
+    ((_, start, stop),) = checkpoint.places(list(checkpoint.slices))  # all of them lie beside each other
+    assert stop == files[0].stat().st_size
+    thread = checkpoint.read_ahead(list(checkpoint.slices))
+    if thread is not None:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert checkpoint.places([]) == []
+
+
 def test_truncated_file_is_named(tmp_path):
     folder = save_dense("mixtral", tmp_path / "dense")
     file = folder / "model.safetensors"

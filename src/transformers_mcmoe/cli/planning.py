@@ -40,6 +40,9 @@ def plan(
             "--measure", help="Run the calibration and choose every expert's width; takes the time of 'allocate'."
         ),
     ] = False,
+    world_size: Annotated[
+        int, typer.Option(help="Processes that will share the work, on machines like this one.")
+    ] = 1,
     save: Annotated[
         Path | None, typer.Option(help="Write the chosen widths as JSON for compress --plan. Implies --measure.")
     ] = None,
@@ -61,7 +64,9 @@ def plan(
     with torch.device("meta"):
         built = model_class(found)
         empty = built._from_config(found, dtype=kind) if hasattr(built, "_from_config") else built.from_config(found)
-    looked = preview(empty, config, dtype=kind)
+    if world_size < 1:
+        raise Refused(f"--world-size {world_size} is no number of processes; give 1 or more.")
+    looked = preview(empty, config, dtype=kind, world_size=world_size)
     chosen = _measured(model, empty, options, kind) if measure or save is not None else None
     if chosen is not None:
         layers = per_layer(Structure(empty, modules_to_not_convert=config.modules_to_not_convert), chosen)
@@ -113,7 +118,11 @@ def _show(found: Preview, work_dir: Path | None) -> None:
                 "disk",
                 f"up to {size(found.disk_bytes)} for the work folder and {size(found.total_bytes)} for the output; {size(free)} free here",
             ),
-            ("time", f"about {duration(total)} on this machine ({stages})"),
+            *([("network", f"{size(found.network_bytes)} to each process")] if found.network_bytes else []),
+            (
+                "time",
+                f"about {duration(total)} on {'this machine' if not found.network_bytes else 'as many machines like this'} ({stages})",
+            ),
         ]
     )
     show_table(("experts of", "average bits"), [(path, f"{bits:.3f}") for path, bits in found.layers.items()])

@@ -66,7 +66,9 @@ class Preview:
         dense_bytes: of the dense one, quantized matrices at 16 bits.
         memory_bytes: bound on the memory that compressing takes beside the libraries.
         disk_bytes: most that the work folder takes, beside the output.
-        seconds: estimate per stage on this machine, "structure", "allocate", "quantize".
+        network_bytes: what each process gets from the others.
+        seconds: estimate per stage on this machine, "structure", "allocate", "quantize"; with several processes, on as many machines
+            like this one.
     """
 
     layers: dict[str, float]
@@ -80,16 +82,18 @@ class Preview:
     dense_bytes: int
     memory_bytes: int
     disk_bytes: int
+    network_bytes: int
     seconds: dict[str, float]
 
 
-def preview(model: Any, config: MCMoEConfig, *, dtype: torch.dtype) -> Preview:
+def preview(model: Any, config: MCMoEConfig, *, dtype: torch.dtype, world_size: int = 1) -> Preview:
     """Look ahead at a compression.
 
     Args:
         model: the dense model, on meta.
         config: what is to be done.
         dtype: floating dtype that layers will be run in.
+        world_size: processes that share the work.
 
     Raises:
         ValueError, NotImplementedError: what `compress` would raise for this model and config.
@@ -115,6 +119,7 @@ def preview(model: Any, config: MCMoEConfig, *, dtype: torch.dtype) -> Preview:
     parameters, _ = structure.parameters()
     _, held, rest = memory_parts(structure, dtype, config)
     tokens = config.num_samples * config.seq_len
+    clock = _Clock(structure, config, dtype, world_size)
     return Preview(
         layers=per_layer(structure, plan),
         decided=config.plan is not None
@@ -129,8 +134,11 @@ def preview(model: Any, config: MCMoEConfig, *, dtype: torch.dtype) -> Preview:
         total_bytes=packed + dtype.itemsize * (parameters - weights),
         dense_bytes=2 * weights + dtype.itemsize * (parameters - weights),
         memory_bytes=max(held + rest + OVERHEAD, tuning_memory(structure, config, dtype)),
-        disk_bytes=disk_need(structure, config, tokens, dtype),
-        seconds=_Clock(structure, config, dtype).seconds(),
+        # every process keeps all hidden states; packed layers are written once
+        disk_bytes=disk_need(structure, config, tokens, dtype)
+        + (world_size - 1) * (disk_need(structure, config, tokens, dtype) - disk_need(structure, config, 0, dtype)),
+        network_bytes=clock.network(packed, tokens),
+        seconds=clock.seconds(),
     )
 
 
@@ -151,10 +159,14 @@ def _even(kept: int, count: int, config: MCMoEConfig, budget: int, ranks: tuple[
 
 
 class _Clock:
-    """Reckons the time of the stages from a few timings."""
+    """Reckons the time of the stages from a few timings.
 
-    def __init__(self, structure: Structure, config: MCMoEConfig, dtype: torch.dtype) -> None:
-        self._structure, self._config, self._dtype = structure, config, dtype
+    Of several processes each has the experts that are dealt to it, and a share of the sequences that run through a finished
+    layer; attention in front of the experts is run by all of them on all tokens.
+    """
+
+    def __init__(self, structure: Structure, config: MCMoEConfig, dtype: torch.dtype, world_size: int = 1) -> None:
+        self._structure, self._config, self._dtype, self._size = structure, config, dtype, world_size
         self._device = config.device or torch.device("cpu")
         self._tokens = config.num_samples * config.seq_len
         # of the tokens that errors are measured on, where that is a pass of its own
@@ -175,6 +187,23 @@ class _Clock:
         x = torch.randn(size, size, device=self._device).to(dtype)
         return 2 * size**3 / self._time(lambda: x @ x.T)
 
+    def network(self, packed: int, tokens: int) -> int:
+        """Bytes that a process gets: packed matrices of the others, and hidden states of their sequences behind every layer."""
+        hidden = next(iter(self._structure.experts.values())).projections[0].in_features
+        states = (
+            tokens * (1 + self._share * self._apart) * hidden * self._dtype.itemsize * len(self._structure.experts)
+        )
+        return round((packed + states) * (self._size - 1) / self._size)
+
+    def _mine(self, count: int) -> int:
+        """Most experts, sequences or layers of so many that one process has."""
+        return -(-count // self._size)
+
+    @property
+    def _part(self) -> float:
+        """Share of the sequences that one process runs through a finished layer."""
+        return self._mine(self._config.num_samples) / self._config.num_samples
+
     def seconds(self) -> dict[str, float]:
         """By stage."""
         config = self._config
@@ -185,14 +214,14 @@ class _Clock:
             found["structure"] = self._dropping(config.drops or PruneConfig(method="reap"))
         if config.tuning_steps:
             taught = sequences_for(config.tuning_steps, config.seq_len) / config.num_samples
-            found["teach"] = self._forward() * min(1.0, taught)
+            found["teach"] = self._forward() * min(1.0, taught) * self._part
         if self._apart:
-            found["allocate"] = errors + self._forward() * self._share
+            found["allocate"] = errors + self._forward() * self._share * self._part
         rounding = sum(self._rounding(path, 1, config.sweeps) for path in self._structure.experts) + self._linears()
         counting = self._counting() if config.rounding == "gptq" else 0.0
         if config.rounding == "gptq" and config.sequential:
-            counting += 2 * self._forward()  # gate and up twice, down once, attention
-        found["quantize"] = rounding + counting + self._forward() + (0.0 if self._apart else errors)
+            counting += 2 * self._forward() * self._part  # gate and up twice, down once, attention
+        found["quantize"] = rounding + counting + self._forward() * self._part + (0.0 if self._apart else errors)
         if config.factored:
             found["quantize"] += self._factorizing()
         if config.joint and config.plan is None:
@@ -214,7 +243,7 @@ class _Clock:
                 probe = min(size, _LARGEST // 4)
                 matrix = torch.randn(probe, probe, dtype=torch.float64, device=self._device)
                 each = self._once(("eigenvectors", probe), lambda m=matrix: torch.linalg.eigh(m @ m.T))  # type: ignore[misc]
-                seconds += len(self._structure.kept_of(path)) * each * (size / probe) ** 3
+                seconds += self._mine(len(self._structure.kept_of(path))) * each * (size / probe) ** 3
         return seconds
 
     def _dropping(self, prune: PruneConfig) -> float:
@@ -257,7 +286,7 @@ class _Clock:
         for path, experts in self._structure.experts.items():
             seconds += self._rounding(path, len(config.expert_bits), 0)
             sampled = min(SAMPLE, self._tokens * self._top_k // experts.num_experts)
-            runs = experts.num_experts * (1 + len(config.expert_bits)) * sampled
+            runs = self._mine(experts.num_experts) * (1 + len(config.expert_bits)) * sampled
             seconds += 2 * runs * self._structure.expert_weights(path) / self._rate
         return seconds
 
@@ -273,9 +302,12 @@ class _Clock:
         linears = sum(self._structure.linear_weights().values()) / max(1, len(self._structure.experts))
         for path, experts in self._structure.experts.items():
             sizes = {p.role: p.in_features for p in experts.projections}
-            sums += 2 * self._tokens * self._top_k * sum(size**2 for size in sizes.values())
-            forward += 2 * self._tokens * self._top_k * self._structure.expert_weights(path)
-            passes = math.ceil(experts.num_experts * ExpertHessians.bytes_per_expert(experts) / self._limit)
+            share = self._mine(experts.num_experts) / experts.num_experts
+            sums += 2 * share * self._tokens * self._top_k * sum(size**2 for size in sizes.values())
+            forward += 2 * share * self._tokens * self._top_k * self._structure.expert_weights(path)
+            passes = math.ceil(
+                self._mine(experts.num_experts) * ExpertHessians.bytes_per_expert(experts) / self._limit
+            )
             forward += 2 * self._tokens * linears * passes
         for path in self._structure.linears:
             sums += self._tokens * self._structure.model.get_submodule(path).in_features ** 2
@@ -289,11 +321,13 @@ class _Clock:
             rows, _ = roles.get(p.role, (0, 0))
             roles[p.role] = rows + p.out_features, p.in_features
         each = (self._matrix(rows, columns, widths, sweeps, experts.num_experts) for rows, columns in roles.values())
-        return experts.num_experts * sum(each)
+        return self._mine(experts.num_experts) * sum(each)
 
     def _linears(self) -> float:
         modules = [self._structure.model.get_submodule(path) for path in self._structure.linears]
-        return sum(self._matrix(m.out_features, m.in_features, 1, self._config.sweeps) for m in modules)
+        # those that read the same are one process's: query, key and value, and the output
+        dealt = min(self._size, 2)
+        return sum(self._matrix(m.out_features, m.in_features, 1, self._config.sweeps) for m in modules) / dealt
 
     def _matrix(self, rows: int, columns: int, widths: int, sweeps: int, count: int = 1) -> float:
         """One matrix of `count` alike, at so many widths, with its factorization."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
+import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,10 @@ def checkpoint_files(name: str) -> list[str]:
     return get_checkpoint_shard_files(name, index)[0]
 
 
+# bytes that are asked for at a time
+AHEAD = 1 << 24
+
+
 class Checkpoint:
     """Lazy access to the tensors of one or several safetensors files; a later file wins.
 
@@ -48,6 +55,7 @@ class Checkpoint:
 
     def __init__(self, files: Sequence[str | Path]) -> None:
         self._handles: list[Any] = []
+        self._places: dict[str, tuple[Path, int, int]] = {}  # file, first byte and end of every tensor
         self.slices: dict[str, Any] = {}
         for file in files:
             if not str(file).endswith(".safetensors"):
@@ -58,6 +66,44 @@ class Checkpoint:
                 raise ValueError(f"'{file}' cannot be read ({error}); download or write it again.") from error
             self._handles.append(handle)
             self.slices.update({key: handle.get_slice(key) for key in handle.keys()})  # noqa: SIM118
+            self._places.update(_places(Path(file)))
+
+    def places(self, keys: Sequence[str]) -> list[tuple[Path, int, int]]:
+        """Where tensors lie, as (file, first byte, end), with neighbours together."""
+        found: list[tuple[Path, int, int]] = []
+        for file, start, stop in sorted(self._places[key] for key in keys):
+            if found and found[-1][0] == file and found[-1][2] == start:
+                found[-1] = file, found[-1][1], stop
+            else:
+                found.append((file, start, stop))
+        return found
+
+    def read_ahead(self, keys: Sequence[str]) -> threading.Thread | None:
+        """Have the system read tensors from the disk into its page cache, beside other work; None where it cannot be asked to."""
+        if not hasattr(os, "posix_fadvise"):
+            return None
+        thread = threading.Thread(target=_ask_for, args=(self.places(keys),), daemon=True)
+        thread.start()
+        return thread
+
+
+def _places(file: Path) -> dict[str, tuple[Path, int, int]]:
+    """Where the tensors of a safetensors file lie in it."""
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(length))
+    return {
+        key: (file, *(8 + length + offset for offset in entry["data_offsets"]))
+        for key, entry in header.items()
+        if key != "__metadata__"
+    }
+
+
+def _ask_for(places: Sequence[tuple[Path, int, int]]) -> None:
+    for file, start, stop in places:
+        with file.open("rb") as handle:
+            for first in range(start, stop, AHEAD):
+                os.posix_fadvise(handle.fileno(), first, min(AHEAD, stop - first), os.POSIX_FADV_WILLNEED)
 
 
 class Weights:
@@ -75,7 +121,7 @@ class Weights:
         self, model: Any, checkpoint: Checkpoint, names: CheckpointNames, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.model, self.names, self.dtype, self.device = model, names, dtype, device
-        self.slices = checkpoint.slices
+        self.checkpoint, self.slices = checkpoint, checkpoint.slices
         self.targets = {key: names.target(key)[0] for key in checkpoint.slices}
 
     def load(self, keys: Sequence[str], root: nn.Module) -> None:

@@ -259,6 +259,7 @@ class LayerStream(LayerRunner):
             # a tensor may be a view of the mapped file: what is written to it would stay in memory until the file is closed
             parameter.data = parameter.data.clone()
         return_free_memory()
+        self.weights.checkpoint.read_ahead(self._keys.get(i + 1, []))  # while this one is worked on
         try:
             yield module
         finally:
