@@ -110,6 +110,7 @@ def test_folders_of_the_user_are_not_replaced(dense, tmp_path):
         assert sorted(path.name for path in output.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_killed_run_leaves_the_old_output_and_can_be_repeated(dense, tmp_path):
     output = tmp_path / "out"
     first = CliRunner().invoke(app, _arguments(dense, output))

@@ -370,6 +370,7 @@ def test_full_disk(folder, tmp_path, kind):
         subprocess.run(["umount", small], check=True)
 
 
+@pytest.mark.slow
 def test_interrupted(folder, tmp_path):
     """Ctrl-C leaves the old output, and layers that are finished, saying so; nothing that is written has control codes."""
     output = tmp_path / "out"

@@ -92,6 +92,7 @@ def test_public_names():
     assert all(hasattr(transformers_mcmoe, name) for name in transformers_mcmoe.__all__)
 
 
+@pytest.mark.slow
 def test_importing_again_is_harmless():
     program = "import importlib, transformers_mcmoe as m; [importlib.reload(x) for x in (m.config, m.quantizer, m)]"
     subprocess.run([sys.executable, "-c", program], check=True)

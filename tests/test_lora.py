@@ -339,6 +339,7 @@ def test_registration(monkeypatch):
         registration.register()
 
 
+@pytest.mark.slow
 def test_fresh_process(folders):
     program = (
         "import sys, transformers_mcmoe; from peft import LoraConfig, get_peft_model\n"

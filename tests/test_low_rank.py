@@ -252,6 +252,7 @@ def divergence(model, folder):
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [False, True])
 def test_layers_are_one_operator(mixtral, base, monkeypatch):
     """With factors, too: equal to a loop over the experts, compiled, with gradients."""

@@ -22,7 +22,7 @@ INNER = 2
 
 
 def descend(
-    errors: Tensor,
+    residuals: Tensor,
     codes: Tensor,
     scale: Tensor,
     zero: Tensor,
@@ -33,10 +33,10 @@ def descend(
     grid: Grid,
     sweeps: int,
 ) -> None:
-    """Lower the error of rounded matrices; errors, codes and grids are changed in place.
+    """Lower the error of rounded matrices; residuals, codes and grids are changed in place.
 
     Args:
-        errors: [B, in, out] float32, weights minus what codes stand for.
+        residuals: [B, in, out] float32, V^T times the errors: weights minus what codes stand for.
         codes: [B, in, out] float32.
         scale: [n, B, out] float32 holding fp16 values.
         zero: [n, B, out] float32 holding fp16 values.
@@ -47,7 +47,6 @@ def descend(
         grid: which zeros are allowed.
         sweeps: rounds over the groups.
     """
-    residuals = unit.transpose(1, 2) @ errors
     for _ in range(sweeps):
         for g, group in enumerate(groups):
             rows = unit[:, group, group.start :]
@@ -55,7 +54,6 @@ def descend(
             metric = weighted @ rows.transpose(1, 2)
             gradient = weighted @ residuals[:, group.start :]
             change = _improve(codes[:, group], gradient, scale[g], zero[g], metric, bits, grid)
-            errors[:, group] += change
             residuals[:, group.start :].baddbmm_(rows.transpose(1, 2), change)
 
 

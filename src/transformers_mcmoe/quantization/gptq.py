@@ -181,15 +181,21 @@ def _round_rows(
     work = work.contiguous() if factor.order is None else _take(work, factor.order)
     codes = torch.empty_like(work)
     scale, zero = (work.new_empty(len(groups), batch, rows) for _ in range(2))
+    residuals = torch.empty_like(work) if sweeps else None  # V^T times the errors
     for g, columns_of in enumerate(groups):
         group = _Group(factor, columns_of.start, columns_of.stop)
-        target = group.target(work)
+        fed = group.fed(work)
+        target = group.target(work, fed)
         codes[:, columns_of], error, scale[g], zero[g] = _round_group(target, group, bits, grid, refits)
         # errors are those of the original weights: target - error is what was stored
         work[:, columns_of] -= target.sub_(error)
-    if sweeps:
-        descend(work, codes, scale, zero, factor.unit, factor.diagonal, groups, bits, grid, sweeps)
+        if residuals is not None:
+            own = group.unit.transpose(1, 2) @ work[:, columns_of]
+            residuals[:, columns_of] = own if fed is None else own.add_(fed)
     del work
+    if residuals is not None:
+        descend(residuals, codes, scale, zero, factor.unit, factor.diagonal, groups, bits, grid, sweeps)
+    del residuals
     scale, zero = scale.permute(1, 2, 0), zero.permute(1, 2, 0)
     if factor.order is None:
         return codes.transpose(1, 2).to(torch.uint8), scale, zero
@@ -217,11 +223,14 @@ class _Group:
         # [B, G, G], the Hessian as this group sees it once all later columns have made up for its errors
         self.metric = (self.unit * self.diagonal.transpose(1, 2)) @ self.unit.transpose(1, 2)
 
-    def target(self, work: Tensor) -> Tensor:
+    def fed(self, work: Tensor) -> Tensor | None:
+        """[B, G, out]: what the errors of the groups before it come to in this one; None for the first."""
+        return self.before.transpose(1, 2) @ work[:, : self.start] if self.start else None
+
+    def target(self, work: Tensor, fed: Tensor | None) -> Tensor:
         """[B, G, out]: the group's weights, updated for the errors of the groups before it."""
         target = work[:, self.start : self.stop].clone()
-        if self.start:
-            fed = self.before.transpose(1, 2) @ work[:, : self.start]
+        if fed is not None:
             target += torch.linalg.solve_triangular(self.unit.transpose(1, 2), fed, upper=False, unitriangular=True)
         return target
 
