@@ -48,6 +48,19 @@ def run(arguments: list[str], after: float | None = None) -> float:
     return time.monotonic() - started
 
 
+def timed(options: argparse.Namespace) -> tuple[float, float]:
+    """Seconds until a layer is finished, and until an uninterrupted run is."""
+    records = options.work / ".whole.mcmoe-work" / "records"
+    started = time.monotonic()
+    running = subprocess.Popen(command(options, options.work / "whole"), stdout=subprocess.DEVNULL)
+    while running.poll() is None and not records.exists():
+        time.sleep(0.01)
+    first = time.monotonic() - started
+    if running.wait():
+        raise SystemExit("The uninterrupted run failed.")
+    return first, time.monotonic() - started
+
+
 def content(folder: Path) -> dict[str, Any]:
     """Every file of an output, and its report without times."""
     files: dict[str, Any] = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -65,18 +78,19 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--begun", action="store_true", help="kill once a layer is finished")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("options", nargs="*", help="further options of `mcmoe compress`, behind --")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    whole = run(command(options, options.work / "whole"))
+    first, whole = timed(options)
     expected, moments = content(options.work / "whole"), random.Random(options.seed)
     for kill in range(options.kills):
         output = options.work / f"killed{kill}"
         work = output.with_name(f".{output.name}.mcmoe-work")
         for folder in (output, work):
             shutil.rmtree(folder, ignore_errors=True)
-        moment = moments.uniform(0, whole)
+        moment = moments.uniform(first if options.begun else 0.0, whole)
         run(command(options, output), moment)
         there = sorted(str(file.relative_to(work)) for file in work.rglob("*") if file.is_file())
         resumed = run(command(options, output, "--resume"))

@@ -16,7 +16,7 @@ import torch
 from tiny import compressed, quick_config, save_dense, tokens
 
 from transformers_mcmoe import compression_report
-from transformers_mcmoe.distributed import world
+from transformers_mcmoe.distributed import launched, world
 from transformers_mcmoe.models import stream
 from transformers_mcmoe.pipeline.journal import Journal
 
@@ -57,7 +57,7 @@ def killed_after(records: int) -> None:
 
     def counted(self: Journal, *args: Any) -> None:
         nonlocal count
-        if count == records and world().rank == world().size - 1:
+        if count == records and self._world.rank == self._world.size - 1:
             os.kill(os.getpid(), signal.SIGKILL)
         count += 1
         write(self, *args)
@@ -67,7 +67,7 @@ def killed_after(records: int) -> None:
 
 def main() -> None:
     folder, names = Path(sys.argv[1]), sys.argv[2:]
-    ranks = world()
+    ranks = world(launched())
     found = {}
     for name in names:
         family, changes = CASES[name]
@@ -80,7 +80,9 @@ def main() -> None:
             killed_after(int(os.environ["KILLED"]))
         if "WORK" in os.environ:
             work = Path(os.environ["WORK"])
-        model = compressed(dense, quick_config(**changes, work_dir=work, resume="WORK" in os.environ))
+        model = compressed(
+            dense, quick_config(**changes, work_dir=work, resume="WORK" in os.environ, world_size=ranks.size)
+        )
         stream.LayerStream = streamed  # type: ignore[misc]
         found[name] = told(model)
         everywhere = ranks.gather(found[name])

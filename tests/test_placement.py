@@ -6,10 +6,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from tiny import compressed, load, quick_config, save_dense
+from tiny import compressed, load, quick_config, save_dense, tiny_model
 
 from transformers_mcmoe import compression_report
 from transformers_mcmoe.config import ODPConfig
+from transformers_mcmoe.models.structure import Structure
+from transformers_mcmoe.pipeline.allocating import Allocator
 from transformers_mcmoe.plan import Matrix
 from transformers_mcmoe.report.placement import placement
 from transformers_mcmoe.routing import RoutingRatios
@@ -51,6 +53,37 @@ def test_ranks_hold_equal_bytes(dense, changes, tmp_path):
     assert compression_report(load(tmp_path))["expert_parallel"] == report
 
 
+@pytest.mark.parametrize(
+    ("bits", "remainders"), [((1, 2, 3, 4), (20, 21) * 8), ((2, 4), (20, 22, 24) * 5), ((1, 2), (9, 10, 13))]
+)
+def test_steps_are_dealt_to_one_rank_after_the_other(dense, bits, remainders):
+    """Over many layers no rank gets a step more than another, whatever the layers' budgets, and nothing is lost."""
+    model = tiny_model("mixtral", num_hidden_layers=len(remainders))
+    structure = Structure(model, 4, 4)
+    budgets = dict(zip(structure.experts, remainders, strict=True))
+    allocator = Allocator(structure, quick_config(expert_bits=bits, expert_parallel=4, bits=2.5), budgets)
+    shares = np.asarray([allocator._shares(path) for path in budgets])
+    assert shares.sum(1).tolist() == list(remainders)
+    totals = shares.sum(0)
+    assert totals.max() - totals.min() <= bits[1] - bits[0]
+    assert (shares >= 2 * bits[0]).all()
+
+
+def test_layers_that_are_not_pruned_keep_their_tokens(dense):
+    odp = ODPConfig(rate=0.3, protect=0.0, layers=[1])
+    report = compression_report(compressed(dense, quick_config(expert_parallel=2, odp=odp)))["expert_parallel"]
+    before, after = sum(report["tokens"]), sum(report["tokens_after_odp"])
+    assert after == pytest.approx(0.85 * before, rel=0.03)
+
+
+def test_a_given_plan_is_placed_too(dense):
+    plan = compressed(dense, quick_config()).hf_quantizer.quantization_config.plan
+    with pytest.raises(ValueError, match="does not divide the 8 experts"):
+        compressed(dense, quick_config(expert_parallel=3, plan=plan))
+    report = compression_report(compressed(dense, quick_config(expert_parallel=2, plan=plan)))["expert_parallel"]
+    assert sum(report["tokens"]) == 8 * 32 * 2 * 2
+
+
 def test_without_it_ranks_may_differ(dense):
     assert "expert_parallel" not in compression_report(compressed(dense, quick_config()))
 
@@ -70,6 +103,7 @@ def test_limits(dense):
         {"expert_parallel": 0},
         {"expert_parallel": 2, "at_least": {3: 1}},
         {"expert_parallel": 2, "prune": 0.25},
+        {"expert_parallel": 2, "rank": 32},
     ):
         with pytest.raises(ValueError, match=r"expert_parallel=\d is not valid"):
             quick_config(**changes)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import compressed, quick_config, save_dense, tiny_model, tokens
+from tiny import TINY, compressed, quick_config, save_dense, tiny_model, tokens
 
 from transformers_mcmoe import MCMoEConfig, compression_report
 from transformers_mcmoe.models import stream
@@ -25,6 +25,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "tuned": {"tuning_steps": 2},
     "dropped": {"prune": 0.25, "bits": 2.2},
     "factors": {"rank": {"mean": 32, "base": True}, "bits": 7.5},
+    "gpt_oss": {},
+    "deepseek_v3": {"rank": "auto", "bits": 3.4},
     "joint": {"prune": "auto", "rank": "auto", "bits": 2.6, "num_samples": 16, "dataset": tokens(16, 32)},
 }
 # points at which a run is killed, as shares of all
@@ -78,7 +80,7 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize("name", ["default", pytest.param("every point", marks=pytest.mark.slow), *SLOW])
 def test_a_killed_run_goes_on_to_the_same_bytes(name, tmp_path, monkeypatch):
-    folder = save_dense("mixtral", tmp_path / "dense")
+    folder = save_dense(name if name in TINY else "mixtral", tmp_path / "dense")
     made = lambda **more: quick_config(**CONFIGS.get(name, {}) | more)  # noqa: E731
     model, points = compress(folder, made(work_dir=tmp_path / "whole"), monkeypatch)
     whole = told(model, tmp_path / "whole")
@@ -92,16 +94,17 @@ def test_a_killed_run_goes_on_to_the_same_bytes(name, tmp_path, monkeypatch):
         assert sorted(f.name for f in work.iterdir()) == sorted(f.name for f in (tmp_path / "whole").iterdir())
 
 
-def test_finished_layers_are_not_rounded_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["default", pytest.param("joint", marks=pytest.mark.slow)])
+def test_finished_layers_are_not_rounded_again(name, tmp_path, monkeypatch):
     folder = save_dense("mixtral", tmp_path / "dense")
-    model = compressed(folder, quick_config(work_dir=tmp_path / "work"))
+    model = compressed(folder, quick_config(**CONFIGS[name], work_dir=tmp_path / "work"))
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("something is done again")
 
     monkeypatch.setattr(ExpertRounder, "__init__", refuse)
     monkeypatch.setattr(LayerStream, "advance", refuse)
-    again = compressed(folder, quick_config(work_dir=tmp_path / "work", resume=True))
+    again = compressed(folder, quick_config(**CONFIGS[name], work_dir=tmp_path / "work", resume=True))
     ids = tokens(2, 24)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, again(ids).logits)
@@ -109,6 +112,20 @@ def test_finished_layers_are_not_rounded_again(tmp_path, monkeypatch):
     assert {k: v for k, v in mine.items() if k != "seconds"} == {k: v for k, v in others.items() if k != "seconds"}
     for stage in ("allocate", "quantize"):  # of both runs together
         assert mine["seconds"][stage] >= 0.5 * others["seconds"][stage]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.4, 0.6, 0.8, 0.95])
+def test_what_two_plans_are_compared_by_is_not_done_again(share, tmp_path, monkeypatch):
+    """A run that is killed behind the first of two roundings goes on behind it."""
+    folder, config = save_dense("mixtral", tmp_path / "dense"), CONFIGS["joint"]
+    _, points = compress(folder, quick_config(**config, work_dir=tmp_path / "whole"), monkeypatch)
+    work = tmp_path / "work"
+    compress(folder, quick_config(**config, work_dir=work), monkeypatch, int(share * points))
+    finished = {file.name: file.stat().st_mtime_ns for file in (work / "records").glob("*.safetensors")}
+    compressed(folder, quick_config(**config, work_dir=work, resume=True))
+    assert finished
+    assert all((work / "records" / name).stat().st_mtime_ns == time for name, time in finished.items())
 
 
 @pytest.mark.slow

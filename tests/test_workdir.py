@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from transformers_mcmoe import workdir
+from transformers_mcmoe.distributed import World
 from transformers_mcmoe.pipeline.journal import Journal, Record
 from transformers_mcmoe.workdir import (
     FINGERPRINT,
@@ -125,7 +126,7 @@ class TestLayers:
         assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
     def test_records_are_whole_or_absent(self, tmp_path: Path, monkeypatch):
-        journal = Journal(WorkDir(tmp_path, MARK))
+        journal = Journal(WorkDir(tmp_path, MARK), World())
         first = Record({"a": [1, 0.1]}, {"x": torch.arange(3)}, 2.5, ["a reason"])
         journal.write("allocate", 0, first)
         journal.write("allocate", 2, first)  # there is none of layer 1
@@ -140,9 +141,9 @@ class TestLayers:
 
     def test_record_of_a_layer_whose_file_is_gone(self, tmp_path: Path):
         work = WorkDir(tmp_path, MARK)
-        journal = Journal(work)
+        journal = Journal(work, World())
         file = work.write_layer(0, {})
-        journal.write("layers", 0, Record({"file": file.name}))
+        journal.write("layers", 0, Record({"files": [file.name]}))
         assert len(journal.records("layers", 1)) == 1
         file.unlink()
         assert journal.records("layers", 1) == []

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The processes of a compression: which of them does what, and how results come together. One process is the world of one.
 
-`torchrun` and `accelerate launch` start the processes; they share a work folder and the dense checkpoint. Every rank holds the
+`torchrun` and `accelerate launch` start the processes, `world_size` says that they work together; they share a work folder and the dense checkpoint. Every rank holds the
 hidden states of all tokens and makes the same decisions. The costly work is dealt: an expert's Hessians, rounding and errors are one
 rank's, a sequence runs through a finished layer on one rank, and results are handed to all. So no sum is ever split between ranks, and
 the output is the same to the bit for any number of them (docs/scale.md says what that costs and saves).
@@ -23,8 +23,10 @@ from torch import Tensor
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
-# a rank may wait that long for another's part of a layer; one that has ended is noticed at once
+# a rank may wait that long for another's part of a layer; one that has ended is noticed where it is waited for
 PATIENCE = timedelta(hours=12)
+# what is said of a connection that is gone
+LOST = ("closed", "connect", "peer", "reset", "refused", "pipe", "timed out", "timeout")
 
 
 class RankLost(RuntimeError):
@@ -55,7 +57,7 @@ class World:
         """The device of this process: each has a GPU of its own."""
         if asked is None:
             return torch.device("cpu")
-        if asked.type == "cuda" and asked.index is None and self.size > 1:
+        if asked.type == "cuda" and self.size > 1:
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         return asked
 
@@ -131,24 +133,52 @@ class World:
     def _call(self, call: Callable[[], Any]) -> None:
         try:
             call()
-        except (RuntimeError, dist.DistError) as error:
+        except RuntimeError as error:  # gloo has no error of its own
             reason = str(error).strip().split("\n")[0]
+            if not isinstance(error, dist.DistError) and not any(word in reason.lower() for word in LOST):
+                raise
             raise RankLost(
                 f"Another of the {self.size} processes has ended, or cannot be reached (rank {self.rank} was told: {reason}); "
                 "see what it said, and start the same command again with --resume."
             ) from error
 
 
-def world() -> World:
-    """The ranks that a launcher has started, this process among them; one without a launcher."""
-    if not dist.is_available():
+def launched() -> int:
+    """How many processes a launcher has started, this one among them."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def world(size: int | None, device: torch.device | None = None) -> World:
+    """The ranks of a run.
+
+    Args:
+        size: how many there must be; None is this process alone, whatever was launched.
+        device: what they compute on.
+
+    Raises:
+        ValueError: there are more or fewer processes, or fewer GPUs on this machine.
+    """
+    if size is None:
+        return World()
+    if size != launched():
+        running = "1 process runs" if launched() == 1 else f"{launched()} processes run"
+        raise ValueError(
+            f"world_size={size} was asked for, but {running}; start them with torchrun --nproc-per-node {size}, "
+            "for the command: torchrun --nproc-per-node N -m transformers_mcmoe compress ..."
+        )
+    if size == 1:
         return World()
     if not dist.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
-            return World()
-        gpus = torch.cuda.is_available()
+        gpus = device is not None and device.type == "cuda"
         if gpus:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            local = int(os.environ.get("LOCAL_RANK", "0"))
+            if local >= torch.cuda.device_count():
+                raise ValueError(
+                    f"The process of local rank {local} has no GPU: there are {torch.cuda.device_count()}; start as many processes."
+                )
+            torch.cuda.set_device(local)
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
         atexit.register(_leave)
     return World(dist.get_rank(), dist.get_world_size())

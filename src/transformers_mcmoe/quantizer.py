@@ -78,7 +78,8 @@ class MCMoEHfQuantizer(HfQuantizer):
         self._dense: list[str] = []
         self._save_directory: Path | None = None
         self._dtypes: dict[str, torch.dtype] = {}
-        self._world = World() if self.pre_quantized else world()
+        config = self.quantization_config
+        self._world = World() if self.pre_quantized else world(config.world_size, config.device)
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuses disk offload while compressing: transformers would offload the dense tensors."""
@@ -131,6 +132,8 @@ class MCMoEHfQuantizer(HfQuantizer):
         patterns = unread_patterns(Structure(model), result.replaced)
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *patterns}
         if config.leaves and not self._world.leads:
+            if result.teacher is not None:
+                result.teacher.hidden.path.unlink(missing_ok=True)  # the first rank tunes
             raise RankDone
         config.plan, self._result = result.plan, result
         self.pre_quantized = True
@@ -147,7 +150,7 @@ class MCMoEHfQuantizer(HfQuantizer):
             self.quantization_config.bits = round(average_bits(self._result.matrices), 6)
             self._tune(model, self._result)
             if not self.quantization_config.leaves:
-                self._world.barrier()  # all ranks have read the files, which the first may remove
+                self._world.barrier()  # all ranks have opened the files, which the first may remove
         self._prune(model)
         if self._result is not None and self.report is not None and self.quantization_config.expert_parallel > 1:
             self.report["expert_parallel"] = expert_placement(self.quantization_config, self._result)

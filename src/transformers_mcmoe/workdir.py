@@ -31,8 +31,11 @@ RECORDS = "records"
 SCRATCH = ("*.bin", "*.tmp")
 # those that it can go on with
 STATES = "*.hidden"
-# pieces of every checkpoint file that tell two fine-tunes of one model apart
-_SAMPLES, _SAMPLE_BYTES = 64, 1 << 20
+# and what it has finished
+OURS = ("layer-[0-9]*.safetensors", "joint-[0-9]*.safetensors", "teacher.states")
+# pieces of every checkpoint file that tell two fine-tunes of one model apart; small files are read whole
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+_SMALL = 1 << 26
 
 
 def fingerprint(parts: Mapping[str, Any], files: Sequence[str | Path]) -> dict[str, str]:
@@ -52,6 +55,9 @@ def fingerprint(parts: Mapping[str, Any], files: Sequence[str | Path]) -> dict[s
         digest.update(f"{path.name}:{path.stat().st_size}:".encode())
         with path.open("rb") as handle:
             digest.update(handle.read(int.from_bytes(handle.read(8), "little")))
+            if path.stat().st_size <= _SMALL:
+                digest.update(handle.read())
+                continue
             for part in range(_SAMPLES):
                 handle.seek(path.stat().st_size * part // _SAMPLES)
                 digest.update(handle.read(_SAMPLE_BYTES))
@@ -90,8 +96,7 @@ class WorkDir:
         file = self.path / FINGERPRINT
         if file.is_file():
             self._check(json.loads(file.read_text(encoding="utf-8")))
-            if not resume:
-                self._clear()
+            self._clear(resume)
         elif {other.name for other in self.path.iterdir()} - {f"{FINGERPRINT}.tmp"}:
             raise ValueError(f"work_dir '{self.path}' holds files that are not ours; choose an empty or a new folder.")
         there = sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
@@ -105,10 +110,18 @@ class WorkDir:
 
     def join(self) -> str | None:
         """Take part in what the first rank has claimed; returns what is wrong, if something is."""
+        if not self._rank:
+            return None
         file = self.path / FINGERPRINT
         if not file.is_file():
             return f"work_dir '{self.path}' is not the same folder for all ranks (rank {self._rank} sees another); give one that they share."
-        others = self._others(json.loads(file.read_text(encoding="utf-8")))
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if known["threads"] != torch.get_num_threads():
+            return (
+                f"Rank {self._rank} has {torch.get_num_threads()} threads and rank 0 {known['threads']}, so that their sums differ; "
+                "set OMP_NUM_THREADS alike."
+            )
+        others = self._others(known)
         if others:
             return f"Rank {self._rank} has another {' and '.join(others)} than rank 0; give all ranks the same."
         self.scratch.mkdir(exist_ok=True)
@@ -159,22 +172,25 @@ class WorkDir:
         """Remove samples, and hidden states where no run will go on with them; finished layers stay."""
         for pattern in (*SCRATCH, *([STATES] if finished else [])):
             for file in self.scratch.glob(pattern):
-                file.unlink()
+                file.unlink(missing_ok=True)
         if self.scratch != self.path and self.scratch.is_dir() and not any(self.scratch.iterdir()):
             self.scratch.rmdir()
 
-    def _clear(self) -> None:
-        """Remove all that an earlier run of the same compression left."""
-        self.clean(finished=True)
-        for folder in (self.path / RECORDS, *self.path.glob("rank-[0-9]*")):
+    def _clear(self, resume: bool) -> None:
+        """Remove what an earlier run of the same compression left, or of it what a run that goes on has no use for."""
+        self.clean(finished=not resume)
+        for folder in self.path.glob("rank-[0-9]*"):  # the first rank hands on what it has
             shutil.rmtree(folder, ignore_errors=True)
-        for file in [*self.path.glob("*-[0-9]*.safetensors"), *self.path.glob("*.states")]:
-            file.unlink()
+        if not resume:
+            shutil.rmtree(self.path / RECORDS, ignore_errors=True)
+            for pattern in OURS:
+                for file in self.path.glob(pattern):
+                    file.unlink()
 
 
 def is_begun(path: Path) -> bool:
-    """Whether a layer is finished in a work folder, so that a run could go on there."""
-    return any((path / RECORDS).glob("*-[0-9]*.safetensors"))
+    """Whether something is finished in a work folder, so that a run could go on there."""
+    return any(path.glob("teacher.states")) or any(path.glob("teach-*")) or any((path / RECORDS).glob("*.safetensors"))
 
 
 def mapped_tensor(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -12,13 +12,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from transformers_mcmoe.cli.command import Refused, command
 from transformers_mcmoe.cli.console import notes, progress, say, show_json, show_pairs
 from transformers_mcmoe.cli.loading import is_packed, model_class, read_config
 from transformers_mcmoe.cli.options import compression_options, config_of
-from transformers_mcmoe.distributed import RankDone, world
+from transformers_mcmoe.distributed import RankDone, launched, world
 from transformers_mcmoe.integrations.hub import copy_tokenizer
 from transformers_mcmoe.progress import Progress, duration, size
 from transformers_mcmoe.report import REPORT_NAME, compression_report
@@ -45,12 +46,8 @@ def compress(
     The model need not fit into memory. The old content of the folder stays whole until the new one is finished. Several processes
     share the work: torchrun --nproc-per-node 2 -m transformers_mcmoe compress ... (docs/scale.md).
     """
-    ranks = world()
-    if world_size not in (None, ranks.size):
-        raise Refused(
-            f"--world-size {world_size} was asked for, but {'1 process runs' if ranks.size == 1 else f'{ranks.size} processes run'}; start them with "
-            f"torchrun --nproc-per-node {world_size} -m transformers_mcmoe compress ..."
-        )
+    given = options["device"]
+    ranks = world(launched() if world_size is None else world_size, None if given is None else torch.device(given))
     if ranks.size > 1 and ranks.leads:
         say(f"{ranks.size} processes share the work.")
     elif not ranks.leads:
@@ -65,7 +62,7 @@ def compress(
     finished = False
     try:
         with progress() if ranks.leads else nullcontext(_unseen) as move:
-            config = config_of(options, work_dir=work, progress=move)
+            config = config_of(options, work_dir=work, progress=move, world_size=ranks.size)
             config.leaves = True
             packed = model_class(found).from_pretrained(model, quantization_config=config, dtype=dtype)
         save(packed, model, output)
@@ -111,7 +108,12 @@ def _leave(output: Path, work: Path, own_work: bool, finished: bool = False) -> 
 def clear_leftovers(work: Path) -> None:
     """Remove the default work folder of a run that was killed or failed; it is never the user's own."""
     if (work / FINGERPRINT).is_file():
-        shutil.rmtree(work)
+        for path in work.iterdir():  # the mark that it is ours goes last
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != FINGERPRINT:
+                path.unlink(missing_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
     elif work.is_dir() and not any(work.iterdir()):
         work.rmdir()
 

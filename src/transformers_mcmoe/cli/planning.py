@@ -83,10 +83,13 @@ def plan(
 
 def _measured(model: str, empty: Any, options: dict[str, Any], dtype: torch.dtype) -> Plan:
     """The widths that calibration chooses."""
-    with tempfile.TemporaryDirectory(prefix="mcmoe-plan-") as folder, progress() as move:
-        work = options["work_dir"] or Path(folder)
+    # a folder of its own, so that the finished layers of a compression stay
+    if options["work_dir"] is not None:
+        options["work_dir"].mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="mcmoe-plan-", dir=options["work_dir"]) as folder, progress() as move:
+        work = Path(folder)
         sources = {name: options[name] or model for name in ("tokenizer", "processor")}
-        config = config_of(options, work_dir=work, progress=move, **sources)
+        config = config_of(options, work_dir=work, resume=False, progress=move, **sources)
         return allocate(empty, checkpoint_files(model), config, dtype=dtype, work_dir=work)
 
 

@@ -49,6 +49,7 @@ RUNTIME = (
     "progress",
     "asked",
     "resume",
+    "world_size",
     "leaves",
 )
 
@@ -116,6 +117,8 @@ class MCMoEConfig(QuantizationConfigMixin):
         seed: seed of every random choice.
         work_dir: folder for hidden states and finished layers; default a temporary one.
         resume: go on with what an earlier run of the same compression has finished in `work_dir`, if it has.
+        world_size: processes that torchrun or accelerate has started and that share the work; each gets the model (docs/scale.md). Default:
+            this process works alone.
         max_memory: bytes (or "12GB") that compression may take; checked against the estimate before it starts.
         device: where layers are run; default "cpu".
         plan: a plan (dict, or path of a JSON file, also a packed model's config.json) that is used instead of the allocation; GPTQ still needs a dataset.
@@ -173,6 +176,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         seed: int = 0,
         work_dir: str | Path | None = None,
         resume: bool = False,
+        world_size: int | None = None,
         max_memory: int | str | None = None,
         device: str | torch.device | None = None,
         plan: Mapping[str, Any] | str | Path | Plan | None = None,
@@ -213,6 +217,7 @@ class MCMoEConfig(QuantizationConfigMixin):
         self.seed = seed
         self.work_dir = Path(work_dir) if work_dir is not None else None
         self.resume = resume
+        self.world_size = world_size
         self.max_memory = max_memory
         self.device = torch.device(device) if device is not None else None
         self.plan = read_plan(plan)

@@ -53,6 +53,8 @@ def validate(config: MCMoEConfig) -> None:
     }
     for name, allowed in choices.items():
         check(getattr(config, name) in allowed, name, getattr(config, name), f"one of {allowed}")
+    size = config.world_size
+    check(size is None or (isinstance(size, int) and size > 0), "world_size", size, "a positive integer, or left out")
     known = not config.resume or config.work_dir is not None
     check(known, "resume", config.resume, "False without the work_dir of the run to go on with")
     for name in ("symmetric", "integer_zeros", "act_order", "sequential", "resume"):
@@ -77,8 +79,10 @@ def validate(config: MCMoEConfig) -> None:
     check(known, "at_least", config.at_least, f"a dict from widths of expert_bits {widths} to counts >= 0")
     ranks = config.expert_parallel
     check(isinstance(ranks, int) and ranks > 0, "expert_parallel", ranks, "a positive integer")
-    free = not (config.at_least or config.prune or config.joint)
-    check(ranks == 1 or free, "expert_parallel", ranks, "1 with at_least, prune, or 'auto': ranks would not be alike")
+    uneven = config.factors is not None and config.factors.exponent > 0
+    free = not (config.at_least or config.prune or config.joint or uneven)
+    wanted = "1 with at_least, prune, 'auto', or ranks that differ: serving ranks would not be alike"
+    check(ranks == 1 or free, "expert_parallel", ranks, wanted)
     for name in ("num_samples", "seq_len"):
         value = getattr(config, name)
         check(isinstance(value, int) and value > 0, name, value, "a positive integer")

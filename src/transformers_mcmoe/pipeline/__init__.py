@@ -33,11 +33,12 @@ from transformers_mcmoe.pipeline.dropping import Dropped
 from transformers_mcmoe.pipeline.job import Job
 from transformers_mcmoe.pipeline.prepare import (
     OVERHEAD,
-    disk_need,
     fingerprint_of,
     hessian_memory,
     image_need,
+    packed_disk,
     prepare,
+    rank_disk,
     sized,
 )
 from transformers_mcmoe.plan import Matrix, Plan
@@ -145,7 +146,7 @@ def _prepared(
     by_loss = config.drops is not None and config.drops.importance == "loss"
     if config.tuning_steps or (config.plan is None and (config.joint or by_loss)):
         check_head(model)
-    ranks = world()
+    ranks = world(config.world_size, config.device)
     device = ranks.device(config.device)
     meter = Meter(config.progress)
     with computing(), ExitStack() as stack:
@@ -160,7 +161,8 @@ def _prepared(
         # a run that needs no data still looks at what layers are given
         tokens = Calibration(torch.zeros(1, 8, dtype=torch.int64)) if calibration is None else calibration
         work = WorkDir(work_dir, fingerprint_of(structure, config, checkpoint_files, tokens, dtype), ranks.rank)
-        need = disk_need(structure, config, tokens.numel(), dtype) + image_need(structure, tokens, dtype)
+        each = rank_disk(structure, config, tokens.numel(), dtype) + image_need(structure, tokens, dtype)
+        need = packed_disk(structure, config) + ranks.size * each
         ranks.first(lambda: work.claim(need, config.resume))
         ranks.agree(work.join())
         stack.callback(work.clean)
@@ -177,6 +179,7 @@ def _prepared(
             limit=config.max_memory_bytes or None,
             judged=max(1, len(tokens) // JUDGED) if config.joint and config.plan is None else 0,
             world=ranks,
+            durable=config.work_dir is not None,
         )
         if device.type == "cpu" and dtype.itemsize == 2:
             for experts in structure.experts.values():

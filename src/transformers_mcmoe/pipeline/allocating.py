@@ -6,6 +6,7 @@ Knows measurements, budgets and the solver; it does not know how anything was me
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -112,10 +113,20 @@ class Allocator:
         return ExpertWidths(widths, widths, *self._factors(path))
 
     def _shares(self, path: str) -> list[int]:
-        """Sum of widths of a module's experts on each rank; what cannot be shared evenly goes to other ranks in each module."""
-        ranks, budget = self._config.expert_parallel, self._budgets[path]
-        first = self._index[path] * (budget % ranks)
-        return [budget // ranks + ((rank - first) % ranks < budget % ranks) for rank in range(ranks)]
+        """Sum of widths of a module's experts on each rank; steps that cannot be shared evenly go to one rank after the other."""
+        ranks, lowest = self._config.expert_parallel, self._config.expert_bits[0]
+        if ranks == 1:
+            return [self._budgets[path]]
+        step = math.gcd(*(bits - lowest for bits in self._config.expert_bits)) or 1
+        counts = {own: len(self._structure.kept_of(own)) for own in self._budgets}
+        steps = {own: (budget - lowest * counts[own]) // step for own, budget in self._budgets.items()}
+        paths = list(self._budgets)
+        first = sum(steps[own] for own in paths[: paths.index(path)])  # steps that modules before it have dealt out
+        mine = [
+            (first + steps[path] + ranks - 1 - rank) // ranks - (first + ranks - 1 - rank) // ranks
+            for rank in range(ranks)
+        ]
+        return [lowest * counts[path] // ranks + step * own for own in mine]
 
     def model(
         self,

@@ -37,7 +37,8 @@ from transformers_mcmoe.workdir import WorkDir
 
 # how often what a plan drops is tried on the dense model
 CORRECTIONS = 3
-# name of the pass that measures
+# name of the record that both plans are compared, and of the pass that measures
+COMPARED = "compared"
 ALLOCATE = "allocate"
 
 
@@ -86,10 +87,12 @@ class Job:
             )
         if config.joint and config.plan is None:
             self._joint = JointProgram(self._watcher, config, Dropper(self._watcher, config, work, meter))
-            runner.spared = frozenset({ALLOCATE})  # what dense layers return is compared with
+            runner.spared = frozenset({ALLOCATE, "layers", "joints"})  # what lies behind the last layer is compared
         self._measurer = Measurer(self._watcher, meter, self._joint)
         self._quantizer = LayerQuantizer(self._watcher, self._measurer, config, work, meter)
         self._journal = Journal(work, runner.world)
+        # whether hidden states behind the last layer are still needed
+        self._comparing = self._joint is not None and not self._journal.knows(COMPARED)
         self.layers, self.fallbacks = self._watcher.layers, self._watcher.fallbacks
         self.seconds: dict[str, float] = {}
         self._earlier = 0.0  # seconds of the stage's layers that a run before this one has finished
@@ -129,20 +132,21 @@ class Job:
         assert self._joint is not None
         errors = {path: {None: result.errors, **result.role_errors} for path, result in self.layers.items()}
         measured = Measured(errors, self._measurer.linears, self._measurer.scales())
-        if self._joint.plan(widths, measured) is None:
+        if self._planned(widths, measured) is None:
             return self._timed("quantize", lambda: self._quantize(widths))
         start = len(self.fallbacks)
         plan, files = self._timed("quantize", lambda: self._quantize(widths, judged=True))
         found = {"widths": self._journal.once("divergence of widths", self._divergence)}
         joint = self._corrected(widths, measured, found["widths"])
         if joint is None:
+            self._journal.once(COMPARED, lambda: None)
             return plan, files
         before, known, middle = self.writer, copy.deepcopy(self.layers), len(self.fallbacks)
         self.writer = Writer(self._structure, self._runner.weights.targets)
         self._structure.follow(joint)
         chosen, others = self._timed("quantize the joint plan", lambda: self._quantize(joint, "joint", judged=True))
         found["joint"] = self._journal.once("divergence of the joint plan", self._divergence)
-        self.compared = found
+        self.compared = self._journal.once(COMPARED, lambda: found)
         if found["joint"] < found["widths"]:
             plan, files = chosen, others
             del self.fallbacks[start:middle]  # notes of the plan that is not taken
@@ -163,7 +167,7 @@ class Job:
         unit = divergence / self._joint.costs(widths, measured)[0]
         absence = 1.0
         for turn in range(CORRECTIONS):
-            joint = self._joint.plan(widths, measured, absence)
+            joint = self._planned(widths, measured, absence)
             if joint is None:
                 return None
             _, dropped = self._joint.costs(joint, measured)
@@ -176,7 +180,13 @@ class Job:
             if ratio < 1.1:
                 return joint
             absence *= ratio
-        return self._joint.plan(widths, measured, absence)
+        return self._planned(widths, measured, absence)
+
+    def _planned(self, widths: Plan, measured: Measured, absence: float = 1.0) -> Plan | None:
+        """What the joint program chooses, on all ranks: a solver that is stopped by the clock may choose otherwise on each."""
+        joint = self._joint
+        assert joint is not None
+        return self._runner.world.first(lambda: joint.plan(widths, measured, absence))
 
     def _judge(self) -> float:
         """KL divergence of the dense layers, with their routers as they are now, from the dense model on the judged sequences."""
@@ -315,6 +325,7 @@ class Job:
     def _allocate_model(self) -> Plan:
         """Costs of all layers on dense activations, then one program, or one per layer."""
         layers, judged = self._layers(), self._joint is not None
+        stays = self._comparing
         everything = range(len(self._runner.layers)) if judged else layers
 
         def work(i: int) -> Record:
@@ -324,13 +335,20 @@ class Job:
             if i in layers:
                 self._measurer.recall(i, record)
 
-        self._pass(ALLOCATE, everything, work, recall, sequences=self._measurer.sequences, stays=judged)
-        if judged:
+        self._pass(ALLOCATE, everything, work, recall, sequences=self._measurer.sequences, stays=stays)
+        if stays:
             self._dense = self._runner.states(judged=True)
         if self._config.budget == "model":
-            return self._allocator.model(self.layers, self._measurer.linears, self._measurer.scales())
+            return self._kept(
+                lambda: self._allocator.model(self.layers, self._measurer.linears, self._measurer.scales())
+            )
         widths = {path: self._allocator.layer(path, result) for path, result in self.layers.items()}
         return Plan(widths, self._structure.linears)
+
+    def _kept(self, choose: Callable[[], Plan]) -> Plan:
+        """A plan that is chosen once, by one rank: a run that goes on keeps to it."""
+        plan = Plan.from_dict(self._journal.once("plan", lambda: choose().to_dict()))
+        return Plan(plan.experts, {path: plan.linears[path] for path in self._structure.linears})
 
     def _pass_over(self, i: int) -> Record:
         """Go on behind a layer that holds nothing to be quantized."""
@@ -352,7 +370,7 @@ class Job:
             return Record({path: similarity[path] for path in changes})
 
         self._pass(ALLOCATE, self._layers(), work, lambda i, record: similarity.update(record.data))
-        return Plan(self._allocator.blocks(similarity), self._structure.linears)
+        return self._kept(lambda: Plan(self._allocator.blocks(similarity), self._structure.linears))
 
     # ---- the pass that rounds and writes
 
@@ -379,7 +397,9 @@ class Job:
             if i in layers:
                 self._quantizer.recall(record, writer, replace and self._runner.recomputes)
 
-        records = self._pass(f"{name}s", everything, work, recall, advances=runs, stays=judged)[: len(layers)]
+        records = self._pass(f"{name}s", everything, work, recall, advances=runs, stays=judged and self._comparing)[
+            : len(layers)
+        ]
         known = [Plan.from_dict(record.data["plan"]) for record in records]
         experts = {path: widths for own in known for path, widths in own.experts.items()}
         linears = self._structure.linears if plan is None else plan.linears

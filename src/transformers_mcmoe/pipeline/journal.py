@@ -60,7 +60,10 @@ class Journal:
             if record is None or not all((self._work.path / file).exists() for file in record.data.get("files", ())):
                 break
             found.append(record)
-        found = found[: self._world.first(lambda: len(found))]
+        count = self._world.first(lambda: len(found))
+        lost = f"Rank {self._world.rank} does not see all that is finished in '{self._work.path}'; give a folder that all ranks share."
+        self._world.agree(lost if len(found) < count else None)
+        del found[count:]
         if found:
             logger.info("%s: %d of %d layers are finished.", name, len(found), most)
         return found
@@ -70,11 +73,16 @@ class Journal:
         self._world.barrier()
         self._write(f"{name}-{layer:05d}", record)
 
+    def knows(self, name: str) -> bool:
+        """Whether `once` has found something."""
+        return self._world.first(lambda: self._work.record(name).is_file())
+
     def once(self, name: str, find: Callable[[], Any]) -> Any:
         """What `find` returned, JSON-serialisable, in this run or in one before it."""
         known = self._world.first(lambda: self._read(name))
         if known is None:
-            known = Record({"value": find()})
+            found = find()
+            known = Record({"value": self._world.first(lambda: found)})
             self._write(name, known)
         return known.data["value"]
 

@@ -89,7 +89,7 @@ class Measurer:
         self._watcher.recall(record)
         self.linears |= {path: dict(errors) for path, errors in record.data["linears"].items()}
         if self._joint is not None:
-            for path, known in record.data["joint"].items():
+            for path, known in record.data.get("joint", {}).items():
                 self._joint.recall(path, known)
         self._note(i, record)
 

@@ -134,15 +134,15 @@ def budgets_of(structure: Structure, config: MCMoEConfig) -> dict[str, int]:
     Raises:
         ValueError: the budget or the plan does not fit the model.
     """
-    if config.plan is not None:
-        structure.check(config.plan)
-        check_plan(structure, config.plan)
-        return {}
     for path, experts in structure.experts.items():
         if experts.num_experts % config.expert_parallel:
             raise ValueError(
                 f"expert_parallel={config.expert_parallel} does not divide the {experts.num_experts} experts of '{path}'; give a divisor of it."
             )
+    if config.plan is not None:
+        structure.check(config.plan)
+        check_plan(structure, config.plan)
+        return {}
     linears = structure.linear_weights()
     kept = kept_counts(structure, config)
     if config.factors is not None:
@@ -217,7 +217,13 @@ def fingerprint_of(
     parts = {
         "version": f"{__version__}, format {FORMAT_VERSION}",
         # where a dataset lies does not matter, what is in it does
-        "config": {**config.to_dict(), "dataset": None, "device": str(config.device), "dtype": str(dtype)},
+        "config": {
+            **config.to_dict(),
+            "dataset": None,
+            "device": str(config.device),
+            "dtype": str(dtype),
+            "max_memory": config.max_memory,
+        },
         "model": {
             name: value for name, value in structure.model.config.to_dict().items() if name not in _NOT_THE_MODEL
         },
@@ -285,7 +291,7 @@ def memory_parts(structure: Structure, dtype: torch.dtype, config: MCMoEConfig) 
 
 
 def image_need(structure: Structure, tokens: Sequences, dtype: torch.dtype) -> int:
-    """Bytes that embedded sequences and what layers are given with each take beside `disk_need`, where there are images."""
+    """Bytes that embedded sequences and what layers are given with each take beside `rank_disk`, where there are images."""
     if tokens.are_text:
         return 0
     hidden = next(iter(structure.experts.values())).projections[0].in_features
@@ -293,20 +299,22 @@ def image_need(structure: Structure, tokens: Sequences, dtype: torch.dtype) -> i
     return (tokens.numel() * hidden + masks) * dtype.itemsize
 
 
-def disk_need(structure: Structure, config: MCMoEConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that hidden states, samples of experts' inputs and packed layers take at most."""
-    joint = config.joint and config.plan is None
-    # hidden states before and behind a layer; those behind the dense model are kept for tuning, and to compare two plans with
-    tokens *= 2 + (config.tuning_steps > 0) + joint
-    hidden = next(iter(structure.experts.values())).projections[0].in_features
-    samples = SAMPLE * max(experts.num_experts for experts in structure.experts.values())
+def packed_disk(structure: Structure, config: MCMoEConfig) -> int:
+    """Bytes that packed layers take at most."""
     weights = sum(structure.linear_weights().values())
     weights += sum(structure.expert_weights(path) * e.num_experts for path, e in structure.experts.items())
+    packed = weights * (max(4, *config.expert_bits) + (8 if config.factored else 0)) // 8
+    return packed * (2 if config.joint and config.plan is None else 1)  # two plans are rounded
+
+
+def rank_disk(structure: Structure, config: MCMoEConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that hidden states and samples of experts' inputs take at most, of one process."""
+    joint = config.joint and config.plan is None
+    # hidden states before and behind a layer; those behind the dense model are kept for tuning, and to compare two plans with
+    tokens *= 2 + (config.tuning_steps > 0) + 2 * joint
+    hidden = next(iter(structure.experts.values())).projections[0].in_features
+    samples = SAMPLE * max(experts.num_experts for experts in structure.experts.values())
     if config.drops is not None and config.drops.importance == "loss" and config.plan is None:
         every = sum(experts.num_experts for experts in structure.experts.values())
         samples += every * loss_sequences(config.seq_len) * config.seq_len
-    factors = 8 if config.factored else 0
-    packed = weights * (max(4, *config.expert_bits) + factors) // 8
-    if joint:
-        packed *= 2  # two plans are rounded
-    return (tokens + samples) * hidden * dtype.itemsize + packed
+    return (tokens + samples) * hidden * dtype.itemsize

@@ -27,9 +27,10 @@ from transformers_mcmoe.pipeline.kept import kept_counts, looks, loss_sequences,
 from transformers_mcmoe.pipeline.prepare import (
     OVERHEAD,
     budgets_of,
-    disk_need,
     hessian_memory,
     memory_parts,
+    packed_disk,
+    rank_disk,
     sized,
     tuning_memory,
 )
@@ -134,9 +135,7 @@ def preview(model: Any, config: MCMoEConfig, *, dtype: torch.dtype, world_size: 
         total_bytes=packed + dtype.itemsize * (parameters - weights),
         dense_bytes=2 * weights + dtype.itemsize * (parameters - weights),
         memory_bytes=max(held + rest + OVERHEAD, tuning_memory(structure, config, dtype)),
-        # every process keeps all hidden states; packed layers are written once
-        disk_bytes=disk_need(structure, config, tokens, dtype)
-        + (world_size - 1) * (disk_need(structure, config, tokens, dtype) - disk_need(structure, config, 0, dtype)),
+        disk_bytes=packed_disk(structure, config) + world_size * rank_disk(structure, config, tokens, dtype),
         network_bytes=clock.network(packed, tokens),
         seconds=clock.seconds(),
     )

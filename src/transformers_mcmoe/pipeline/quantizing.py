@@ -103,15 +103,19 @@ class LayerQuantizer:
         if widths is None:
             if self._config.allocation in MEASURED:
                 candidates = self._measurer.measure(i, path)
-                widths = allocator.layer(path, self._watcher.layers[path])
+                widths = self._chosen(path, allocator)
                 if candidates is not None:
                     chosen = ((expert, widths.gate_up[expert]) for expert in widths.kept)
                     return widths, self._union({own[0]: candidates[own] for own in chosen if own in candidates})
             else:
                 if self._config.allocation != "uniform" or self._config.rounding == "nearest":
                     self._watcher.observe(i, path, None)
-                widths = allocator.layer(path, self._watcher.layers[path])
+                widths = self._chosen(path, allocator)
         return widths, self._round(i, path, widths)
+
+    def _chosen(self, path: str, allocator: Allocator) -> ExpertWidths:
+        """Widths of a module under its own budget, the same on all ranks."""
+        return self._watcher.runner.world.first(lambda: allocator.layer(path, self._watcher.layers[path]))
 
     def _round(self, i: int, path: str, widths: ExpertWidths) -> dict[int, Packed]:
         """Packed matrices of the experts that a plan keeps."""
@@ -126,7 +130,12 @@ class LayerQuantizer:
         for which, hessians, inputs in passes:
             packed |= self._round_run(i, path, widths, which, hessians, inputs)
             self._meter.expert_done(which[-1], experts.num_experts)
-        return self._union(packed)
+        packed = self._union(packed)
+        if missing := [expert for expert in kept if expert not in packed]:
+            raise RuntimeError(
+                f"No rank has rounded the experts {missing} of '{path}'; start all ranks on equal machines."
+            )
+        return packed
 
     def _union(self, packed: Mapping[int, Packed]) -> dict[int, Packed]:
         """The packed matrices of all ranks."""

@@ -111,7 +111,8 @@ class Watcher:
         rounding += sum(4 * size**3 for size in columns)
         each = sum(size**2 for size in columns)
         costs = [rounding + (even if tokens is None else tokens[expert]) * each for expert in which]
-        return self.runner.world.deal(which, costs)
+        world = self.runner.world
+        return world.deal(which, world.first(lambda: costs))
 
     def behind(
         self, i: int, path: str, rounded: Mapping[int, Mapping[str, Tensor]], inputs: ExpertInputs

@@ -78,7 +78,9 @@ class Writer:
                     experts.matrix(expert, p.name).copy_(dense)
                 bias = experts.bias(expert, p.name)
                 if bias is not None and isinstance(experts, FusedExperts):
-                    tensors[self.published(f"{name}.bias")] = bias.to("cpu", copy=True).contiguous()
+                    # of a layer that is not in memory there is the name alone, where it is recalled
+                    kept = bias if bias.is_meta else bias.to("cpu", copy=True).contiguous()
+                    tensors[self.published(f"{name}.bias")] = kept
         if isinstance(experts, FusedExperts):
             self._guard(experts, tensors)
 

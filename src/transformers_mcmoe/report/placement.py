@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers_mcmoe.config import ODPConfig
 from transformers_mcmoe.pipeline.allocating import LayerResult
+from transformers_mcmoe.routing import chosen_layers
 
 
 def placement(
@@ -37,13 +38,12 @@ def placement(
     tokens = {path: layer.routing.tokens.tolist() for path, layer in known.items() if layer.routing is not None}
     if tokens:
         found |= _spread("tokens", ranks, tokens)
-    thresholds = {} if odp is None or odp.method != "odp" else odp.thresholds or {}
-    if tokens and thresholds and odp is not None:
-        left = {
-            path: layer.ratios.kept(thresholds[path], odp.protected(images), odp.drop_all)
-            for path, layer in known.items()
-            if layer.ratios is not None and path in thresholds
-        }
+    if tokens and odp is not None and odp.method == "odp" and odp.thresholds:
+        left = dict(tokens)
+        for path in chosen_layers(odp.thresholds, odp):
+            ratios = known[path].ratios if path in known else None
+            if ratios is not None:
+                left[path] = ratios.kept(odp.thresholds[path], odp.protected(images), odp.drop_all)
         found |= _spread("tokens_after_odp", ranks, left)
     return found
 

@@ -116,7 +116,7 @@ def base_implementation(config: Any) -> str:
     return next((name for name, ours in IMPLEMENTATIONS.items() if ours == current), current)
 
 
-def chosen_layers(found: Mapping[str, FusedExperts], odp: ODPConfig) -> list[str]:
+def chosen_layers(found: Mapping[str, Any], odp: ODPConfig) -> list[str]:
     """Experts paths in the decoder layers that the options name; all for "auto".
 
     Raises:

@@ -78,6 +78,7 @@ def open_runner(
     limit: int | None = None,
     judged: int = 0,
     world: World | None = None,
+    durable: bool = False,
 ) -> LayerRunner:
     """A runner for a model's decoder layers: streamed where possible, else with the whole model loaded.
 
@@ -94,6 +95,7 @@ def open_runner(
         limit: bytes that a model which cannot be streamed may take.
         judged: see `LayerRunner`; 0 for a model that cannot be streamed.
         world: see `LayerRunner`; default this process alone.
+        durable: hidden states of passes that have a name outlive a loss of power.
 
     Raises:
         ValueError: the model cannot be streamed and is larger than `limit`, or the checkpoint does not fit it.
@@ -105,7 +107,7 @@ def open_runner(
     try:
         if len(stacks) > 1:
             raise NotStreamable(f"its experts lie in {len(stacks)} stacks of layers ({', '.join(stacks)})")
-        return LayerStream(weights, layers, tokens, work_dir, batch_tokens, judged, world or World())
+        return LayerStream(weights, layers, tokens, work_dir, batch_tokens, judged, world or World(), durable)
     except NotStreamable as error:
         size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
         if limit is not None and size > limit:
@@ -116,4 +118,4 @@ def open_runner(
         logger.warning(
             "%s cannot be streamed: %s. The whole dense model is loaded for calibration.", type(model).__name__, error
         )
-        return LoadedRunner(weights, layers, tokens, batch_tokens, str(error))
+        return LoadedRunner(weights, layers, tokens, batch_tokens, str(error), world or World())

@@ -9,6 +9,7 @@ import json
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,11 @@ def _places(file: Path) -> dict[str, tuple[Path, int, int]]:
 
 
 def _ask_for(places: Sequence[tuple[Path, int, int]]) -> None:
-    for file, start, stop in places:
-        with file.open("rb") as handle:
-            for first in range(start, stop, AHEAD):
-                os.posix_fadvise(handle.fileno(), first, min(AHEAD, stop - first), os.POSIX_FADV_WILLNEED)
+    with suppress(OSError):  # who needs them will be told
+        for file, start, stop in places:
+            with file.open("rb") as handle:
+                for first in range(start, stop, AHEAD):
+                    os.posix_fadvise(handle.fileno(), first, min(AHEAD, stop - first), os.POSIX_FADV_WILLNEED)
 
 
 class Weights:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from transformers_mcmoe.calibration.sequences import Sequences
+from transformers_mcmoe.distributed import World
 from transformers_mcmoe.models.stream.checkpoint import Weights
 from transformers_mcmoe.models.stream.runner import (
     HiddenStates,
@@ -28,8 +29,17 @@ class LoadedRunner(LayerRunner):
 
     recomputes = True
 
-    def __init__(self, weights: Weights, layers: list[str], tokens: Sequences, batch_tokens: int, reason: str) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        layers: list[str],
+        tokens: Sequences,
+        batch_tokens: int,
+        reason: str,
+        world: World = World(),  # noqa: B008  it has no state
+    ) -> None:
         self.weights, self.layers, self.reason, self.sequences = weights, layers, reason, len(tokens)
+        self.world = world
         self.tokens, self._batch_tokens = tokens, batch_tokens
         self._batches = tokens.splits(batch_tokens)
         weights.load(list(weights.slices), weights.model)

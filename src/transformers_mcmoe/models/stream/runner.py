@@ -151,10 +151,11 @@ class HiddenStates:
     def __setitem__(self, part: slice, value: Tensor) -> None:
         self[part].copy_(value)
 
-    def move(self, path: Path) -> None:
-        """Give the file, once it is whole on the disk, another name."""
-        with self.path.open("r+b") as file:
-            os.fsync(file.fileno())
+    def move(self, path: Path, durable: bool = True) -> None:
+        """Give the file another name, if it shall be `durable` once it is whole on the disk."""
+        if durable:
+            with self.path.open("r+b") as file:
+                os.fsync(file.fileno())
         os.replace(self.path, path)
         self.path = path
 

@@ -55,9 +55,11 @@ class LayerStream(LayerRunner):
         work_dir: Path,
         batch_tokens: int,
         judged: int = 0,
-        world: World = World(),  # noqa: B008
+        world: World = World(),  # noqa: B008  it has no state
+        durable: bool = False,
     ) -> None:
         self.weights, self.layers, self.sequences, self.world = weights, layers, len(tokens), world
+        self._durable = durable and world.leads
         self._modules = [weights.model.get_submodule(path) for path in layers]
         self._keys = self._group_keys()
         self._batch_tokens, self.judged = batch_tokens, judged
@@ -99,12 +101,11 @@ class LayerStream(LayerRunner):
         self.weights.load(self._keys.get(-1, []), _Without(rest, self._modules))
         self.weights.tie()
         self.weights.check_embeddings()
-        self._returns_tuple = self._probe()
-        self._hidden: Any = None  # `HiddenStates` that enter the layer, once it is known what they look like
-        self._like: Any = None  # [.., T, H] of one batch
         self._embedded: HiddenStates | None = None  # those that enter the first layer, where making them took images
-        self._embed()
+        self._hidden: Any = None  # `HiddenStates` that enter the layer, made where they are first needed
+        self._returns_tuple, self._like = self._probe()
         if not self.tokens.are_text:
+            self._embed()
             self._unload_towers()
 
     def _embed(self) -> None:
@@ -113,8 +114,7 @@ class LayerStream(LayerRunner):
         Images are looked at once: what becomes of them is kept on disk.
         """
         start = self._layer == 0
-        if self._like is not None:
-            self._hidden = self._states(self._layer)
+        self._hidden = self._states(self._layer)
         if self._embedded is not None:
             for part in self._batches if start else ():
                 self._hidden[part] = self._embedded[part]
@@ -124,9 +124,6 @@ class LayerStream(LayerRunner):
         self._added: list[dict[int, tuple[Tensor, Tensor]]] = []
         for part in self._batches:
             hidden, arguments, added = self._stub_pass(self.tokens.batch(part), 0.0)
-            if self._like is None:
-                self._like = hidden
-                self._hidden = self._states(self._layer)
             if spill is not None:
                 if self._embedded is None:
                     self._embedded = HiddenStates(self._folder / "embedded.bin", self._lengths, hidden)
@@ -161,14 +158,14 @@ class LayerStream(LayerRunner):
             if not around and not any(module is end for end in ends) and module._parameters:
                 unload(module, inside=False)
 
-    def _probe(self) -> bool:
-        """Whether layers return tuples; raises if what a layer gets depends on what an earlier layer computed."""
+    def _probe(self) -> tuple[bool, Tensor]:
+        """Whether layers return tuples, and a batch of hidden states; raises if what a layer gets depends on what an earlier one computed."""
         first = next((n for n, part in enumerate(self._batches) if self.tokens.batch(part).inputs), 0)
         batch = self.tokens.batch(self._batches[first])
         reasons: list[NotStreamable] = []
         for self._returns_tuple in (False, True):
             try:
-                _, plain, added = self._stub_pass(batch, 0.0)
+                first_states, plain, added = self._stub_pass(batch, 0.0)
                 _, shifted, changed = self._stub_pass(batch, 1.0)
             except NotStreamable as error:
                 reasons.append(error)
@@ -177,7 +174,7 @@ class LayerStream(LayerRunner):
                 raise NotStreamable("a decoder layer gets arguments that earlier layers computed")
             if added.keys() != changed.keys() or not all(_close(added[i], changed[i]) for i in added):
                 raise NotStreamable("the model changes hidden states between its decoder layers")
-            return self._returns_tuple
+            return self._returns_tuple, first_states
         # a crash says only that layers do not return what the stubs returned
         raise next((reason for reason in reasons if reason.__cause__ is None), reasons[0])
 
@@ -259,11 +256,15 @@ class LayerStream(LayerRunner):
             # a tensor may be a view of the mapped file: what is written to it would stay in memory until the file is closed
             parameter.data = parameter.data.clone()
         return_free_memory()
-        self.weights.checkpoint.read_ahead(self._keys.get(i + 1, []))  # while this one is worked on
         try:
             yield module
         finally:
             unload(module)
+
+    def _begin(self) -> None:
+        """Make what enters the first layer, unless a pass has begun."""
+        if self._hidden is None:
+            self._embed()
 
     def _run(self, i: int, index: int) -> Tensor:
         return self._call(i, index, self._hidden[self._batches[index]].to(self.weights.device))
@@ -282,11 +283,13 @@ class LayerStream(LayerRunner):
         return output[0] if isinstance(output, tuple) else output
 
     def states(self, judged: bool = False) -> list[Tensor]:
+        self._begin()
         batches = self._batches[: self._skipped] if judged else self._batches
         return [self._hidden[batch].to(self.weights.device, copy=True) for batch in batches]
 
     def through(self, i: int, states: Sequence[Tensor]) -> list[Tensor]:
         # a layer may write to what it is given
+        self._begin()
         device = self.weights.device
         return [self._call(i, index, state.to(device, copy=True)) for index, state in enumerate(states)]
 
@@ -364,11 +367,14 @@ class LayerStream(LayerRunner):
         return self._hidden
 
     def replay(self, i: int, tokens: int | None = None) -> None:
+        self._begin()
         start = self._skipped
         for index in range(start, start + len(first_batches(self._batches[start:], self.tokens, tokens))):
             self._run(i, index)
 
     def advance(self, i: int) -> Norms:
+        self._begin()
+        self.weights.checkpoint.read_ahead(self._keys.get(i + 1, []))  # it comes next
         if self._layer:
             # inputs of the layer before stay until its results are written down
             self._file(self._layer - 1).unlink(missing_ok=True)
@@ -383,7 +389,7 @@ class LayerStream(LayerRunner):
             squares.append(squared_norms(output))
             following[batch] = output
         self._layer += 1
-        following.move(self._file(self._layer))
+        following.move(self._file(self._layer), self._durable and self._name != "pass")
         self._hidden = following
         return Norms.of(squares)
 
