@@ -106,7 +106,7 @@ class Watcher:
         even = self.runner.tokens.numel() / experts.num_experts
         shapes = [(p.out_features, p.in_features) for p in experts.projections]
         # products of weights and of factorizations, and of tokens with themselves
-        rounding = sum((2 + 2 * config.sweeps) * rows * columns**2 for rows, columns in shapes)
+        rounding = sum((1 + 2 * config.sweeps) * rows * columns**2 for rows, columns in shapes)
         columns = {p.role: p.in_features for p in experts.projections}.values()
         rounding += sum(4 * size**3 for size in columns)
         each = sum(size**2 for size in columns)
