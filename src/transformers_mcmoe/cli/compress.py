@@ -36,9 +36,6 @@ def compress(
         Path, typer.Option(help="Folder of the packed model; replaced as a whole at the end.", show_default=False)
     ],
     dtype: Annotated[str, typer.Option(help="Floating dtype of what stays dense.")] = "auto",
-    world_size: Annotated[
-        int | None, typer.Option(help="How many processes torchrun should have started; with others nothing is done.")
-    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compress MODEL into a folder, layer by layer.
@@ -46,8 +43,8 @@ def compress(
     The model need not fit into memory. The old content of the folder stays whole until the new one is finished. Several processes
     share the work: torchrun --nproc-per-node 2 -m transformers_mcmoe compress ... (docs/scale.md).
     """
-    given = options["device"]
-    ranks = world(launched() if world_size is None else world_size, None if given is None else torch.device(given))
+    given, asked = options["device"], options["world_size"]
+    ranks = world(launched() if asked is None else asked, None if given is None else torch.device(given))
     if ranks.size > 1 and ranks.leads:
         say(f"{ranks.size} processes share the work.")
     elif not ranks.leads:

@@ -57,7 +57,7 @@ PANELS = {
     "Calibration": ("dataset", "num_samples", "seq_len", "tokenizer", "processor", "image_weight", "seed"),
     "Fewer experts, thinner matrices": ("prune", "prune_options", "rank", "rank_options"),
     "Expert pruning at run time": ("odp", "odp_rate", "odp_options", "otp", "otp_options"),
-    "This machine": ("device", "max_memory", "work_dir", "resume"),
+    "This machine": ("device", "max_memory", "work_dir", "resume", "world_size"),
 }
 # help where the docstring speaks of Python, and defaults and types where the command line has others
 HELP = {
@@ -73,6 +73,7 @@ HELP = {
     "tokenizer": "tokenizer's id or folder; default the model's own.",
     "processor": "processor's id or folder, for samples with images; default the model's own.",
     "work_dir": "folder for intermediate files; default a hidden one beside the output.",
+    "world_size": "how many processes torchrun has started, or for plan how many will share the work; another number is refused. Default: those that run.",
     "resume": "go on with the layers that an earlier run of the same command has finished.",
     "max_memory": "memory that compression may take, e.g. 12GB; checked against the estimate before it starts.",
     "plan": "JSON file with the width of every expert, used instead of the allocation.",

@@ -40,9 +40,6 @@ def plan(
             "--measure", help="Run the calibration and choose every expert's width; takes the time of 'allocate'."
         ),
     ] = False,
-    world_size: Annotated[
-        int, typer.Option(help="Processes that will share the work, on machines like this one.")
-    ] = 1,
     save: Annotated[
         Path | None, typer.Option(help="Write the chosen widths as JSON for compress --plan. Implies --measure.")
     ] = None,
@@ -64,9 +61,7 @@ def plan(
     with torch.device("meta"):
         built = model_class(found)
         empty = built._from_config(found, dtype=kind) if hasattr(built, "_from_config") else built.from_config(found)
-    if world_size < 1:
-        raise Refused(f"--world-size {world_size} is no number of processes; give 1 or more.")
-    looked = preview(empty, config, dtype=kind, world_size=world_size)
+    looked = preview(empty, config, dtype=kind, world_size=config.world_size or 1)
     chosen = _measured(model, empty, options, kind) if measure or save is not None else None
     if chosen is not None:
         layers = per_layer(Structure(empty, modules_to_not_convert=config.modules_to_not_convert), chosen)
@@ -89,7 +84,7 @@ def _measured(model: str, empty: Any, options: dict[str, Any], dtype: torch.dtyp
     with tempfile.TemporaryDirectory(prefix="mcmoe-plan-", dir=options["work_dir"]) as folder, progress() as move:
         work = Path(folder)
         sources = {name: options[name] or model for name in ("tokenizer", "processor")}
-        config = config_of(options, work_dir=work, resume=False, progress=move, **sources)
+        config = config_of(options, work_dir=work, resume=False, world_size=None, progress=move, **sources)
         return allocate(empty, checkpoint_files(model), config, dtype=dtype, work_dir=work)
 
 
