@@ -377,6 +377,7 @@ def test_interrupted(folder, tmp_path):
     output.mkdir()
     (output / "mcmoe_report.json").write_text("{}")
     options = ["--bits", "3.0", "--dataset", str(folder / "text.txt"), "--num-samples", "32", "--seq-len", "64"]
+    options += ["--sweeps", "400"]  # so that there is time to interrupt it
     command = [sys.executable, "-m", "transformers_mcmoe", "compress", str(folder / "dense"), "--output", str(output)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     running = subprocess.Popen([*command, *options], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
