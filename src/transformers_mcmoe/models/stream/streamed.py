@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers_mcmoe.calibration.sequences import Batch, Sequences
 from transformers_mcmoe.distributed import World
 from transformers_mcmoe.memory import return_free_memory
 from transformers_mcmoe.models.experts.base import forward_as
+from transformers_mcmoe.models.stream.arguments import close, same, share
 from transformers_mcmoe.models.stream.checkpoint import Weights, unload
 from transformers_mcmoe.models.stream.runner import (
     HiddenStates,
@@ -131,7 +132,7 @@ class LayerStream(LayerRunner):
                 arguments = spill.kept(arguments)
                 added = {i: spill.kept(own) for i, own in added.items()}
             elif self._arguments:
-                arguments = [_share(a, b) for a, b in zip(arguments, self._arguments[0], strict=True)]
+                arguments = [share(a, b) for a, b in zip(arguments, self._arguments[0], strict=True)]
             if start:
                 self._hidden[part] = hidden
             self._arguments.append(arguments)
@@ -170,9 +171,9 @@ class LayerStream(LayerRunner):
             except NotStreamable as error:
                 reasons.append(error)
                 continue
-            if not _same(plain, shifted):
+            if not same(plain, shifted):
                 raise NotStreamable("a decoder layer gets arguments that earlier layers computed")
-            if added.keys() != changed.keys() or not all(_close(added[i], changed[i]) for i in added):
+            if added.keys() != changed.keys() or not all(close(added[i], changed[i]) for i in added):
                 raise NotStreamable("the model changes hidden states between its decoder layers")
             return self._returns_tuple, first_states
         # a crash says only that layers do not return what the stubs returned
@@ -404,39 +405,3 @@ class _Without(nn.Module):
 
     def modules(self, *args: Any, **kwargs: Any) -> Iterator[nn.Module]:
         yield from self._outside
-
-
-def _map(function: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
-    """Applies `function` to the leaves of two equal structures of tuples; dicts and lists are leaves, layers may
-    write to them."""
-    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
-        return tuple(_map(function, x, y) for x, y in zip(a, b, strict=True))
-    return function(a, b)
-
-
-def _close(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
-    """Whether rows are the same, and values as near as sums with numbers around 1 can be."""
-    if not torch.equal(a[0], b[0]):
-        return False
-    bound = 4 * torch.finfo(a[1].dtype).eps * (1 + float(a[1].abs().max()))
-    return float((a[1] - b[1]).abs().max()) <= bound
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    return not isinstance(a, Tensor) and not isinstance(b, Tensor)
-
-
-def _share(given: tuple[tuple, dict], first: tuple[tuple, dict]) -> tuple[tuple, dict]:
-    """The same arguments, with tensors that equal the first batch's replaced by those: masks and rotary tables."""
-
-    def pick(a: Any, b: Any) -> Any:
-        return b if isinstance(a, Tensor) and isinstance(b, Tensor) and _same(a, b) else a
-
-    args = _map(pick, given[0], first[0])
-    return args, {key: _map(pick, value, first[1].get(key)) for key, value in given[1].items()}
