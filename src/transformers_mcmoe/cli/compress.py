@@ -97,7 +97,7 @@ def _leave(output: Path, work: Path, own_work: bool, finished: bool = False) -> 
     if own_work and not kept:
         clear_leftovers(work)
     if kept:
-        say(f"Finished layers are kept in '{work}'; the same command with --resume goes on with them.")
+        say(f"Finished layers are kept in '{work}'; the command that began them goes on with --resume.")
     if not finished and output.exists():
         say(f"'{output}' is as it was.")
 
