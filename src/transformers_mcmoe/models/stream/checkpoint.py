@@ -26,21 +26,21 @@ from transformers_mcmoe.memory import return_free_memory
 from transformers_mcmoe.models.names import CheckpointNames
 
 
-def checkpoint_files(name: str) -> list[str]:
-    """The safetensors files of a model, by its folder or Hub id.
+def checkpoint_files(name: str, revision: str | None = None) -> list[str]:
+    """The safetensors files of a model, by its folder, or Hub id and revision.
 
     Raises:
         ValueError: it has none.
         OSError: there is no such model.
     """
-    missing = {"_raise_exceptions_for_missing_entries": False}
+    missing: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False, "revision": revision}
     single = cached_file(name, "model.safetensors", **missing)
     if single is not None:
         return [single]
     index = cached_file(name, "model.safetensors.index.json", **missing)
     if index is None:
-        raise ValueError(f"'{name}' has no model.safetensors; give the dense checkpoint in safetensors.")
-    return get_checkpoint_shard_files(name, index)[0]
+        raise ValueError(f"'{name}' has no model.safetensors; give the checkpoint in safetensors.")
+    return get_checkpoint_shard_files(name, index, revision=revision)[0]
 
 
 # bytes that are asked for at a time
