@@ -80,8 +80,9 @@ class MCMoEConfig(QuantizationConfigMixin):
         gamma: exponent of the error eps.
         eps: "final" measures errors with the quantizer that is used, on sequences kept from its Hessians, relative to
             the hidden states; "nearest" with plain rounding over the whole range, absolute, as the papers do.
-        granularity: "expert" gives all matrices of an expert one width; "projection" chooses for gate and up, and for down, apart; under
-            the same conditions, where it is the default.
+        granularity: "expert" gives all matrices of an expert one width; "projection" chooses for gate and up, and for down, apart, and
+            "layer" gives all experts of a layer one, which formats of other engines need (`mcmoe export`); both where one program
+            spans the model (`whole`), with "projection" the default.
         expert_parallel: ranks that the experts will be served on, in blocks of equal size; each rank's experts get the same share of the
             budget, so that no rank holds more bytes than another, and the report says what each is sent (docs/scale.md).
         at_least: width -> least number of experts of a layer that take it; {3: 1, 2: 1} is the papers' constraint.

@@ -61,6 +61,8 @@ def validate(config: MCMoEConfig) -> None:
         check(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
     check(isinstance(config.damping, int | float) and 0 <= config.damping < 1, "damping", config.damping, "in [0, 1)")
     check(config.granularity == "expert" or config.whole, "granularity", config.granularity, NEEDS_MODEL)
+    apart = config.granularity != "layer" or not config.joint
+    check(apart, "granularity", config.granularity, "'expert' or 'projection' with 'auto'")
     for name in ("sweeps", "tuning_steps"):
         value = getattr(config, name)
         check(isinstance(value, int) and value >= 0, name, value, "an integer >= 0")

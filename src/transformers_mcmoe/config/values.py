@@ -17,7 +17,7 @@ ALLOCATIONS = ("pmq", "uniform", "random", "frequency", "routing_weight", "f_nor
 ROUNDINGS = ("gptq", "nearest")
 ERRORS = ("final", "nearest")
 ACTIVATIONS = ("compressed", "dense")
-GRANULARITIES = ("expert", "projection")
+GRANULARITIES = ("expert", "projection", "layer")
 NEEDS_MODEL = (
     "used with allocation='pmq', eps='final', budget='model', alpha=beta=0, without at_least, and not with rank alone"
 )

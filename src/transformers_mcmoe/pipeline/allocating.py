@@ -141,14 +141,16 @@ class Allocator:
             linears: width -> eps of the linear layers that have a choice, by path.
             scales: by path, what errors are multiplied by, so that those of different layers compare.
         """
-        roles = self._config.granularity == "projection"
-        # what shares a width: an expert, or its matrices of one role
+        roles, layers = (self._config.granularity == kind for kind in ("projection", "layer"))
+        # what shares a width: an expert, its matrices of one role, or all of a layer
         kinds = [(path, role) for path in results for role in (ROLES if roles else (None,))]
         options = max(len(self._bits), *map(len, self._structure.choices.values()), 0)
         rows = [
             pad((self._cost(path, results[path], scales[path], role), self._price(path, role)), options)
             for path, role in kinds
         ]
+        if layers:
+            rows = [(cost.sum(0)[None], price.sum(0)[None], allowed[:1]) for cost, price, allowed in rows]
         counts = [len(own[0]) for own in rows]
         rows += [pad(self._linear(path, errors, scales[path]), options) for path, errors in linears.items()]
         columns = [np.concatenate(tables) for tables in zip(*rows, strict=True)]
@@ -161,7 +163,7 @@ class Allocator:
             at_least=self._at_least(),
             allowed=columns[2],
         )
-        if self._config.expert_parallel > 1:
+        if self._config.expert_parallel > 1 and not layers:  # there all ranks hold the same
             experts = sum(counts)
             left = (
                 self._budget()
@@ -170,6 +172,8 @@ class Allocator:
             )
             choice[:experts] = self._by_rank([column[:experts] for column in columns], counts, left)
         widths = {kind: self._bits[choice[group == n]].tolist() for n, kind in enumerate(kinds)}
+        if layers:
+            widths = {kind: own * len(self._structure.kept_of(kind[0])) for kind, own in widths.items()}
         found = {}
         for path in results:
             gate_up, down = (self._spread(path, widths[path, role if roles else None]) for role in ROLES)
