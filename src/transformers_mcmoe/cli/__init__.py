@@ -4,7 +4,7 @@
 `command` has what they share, `console` what they show, `options` those of a compression; every other file is a command.
 """
 
-from transformers_mcmoe.cli import planning, compress, inspect, evaluate, report, push, serve, generate  # noqa: F401, I001  (help lists commands in this order)
+from transformers_mcmoe.cli import planning, compress, inspect, evaluate, report, push, export, serve, generate  # noqa: F401, I001  (help lists commands in this order)
 from transformers_mcmoe.cli.command import app
 
 __all__ = ["app"]

@@ -17,10 +17,11 @@ import typer
 
 from transformers_mcmoe.cli.command import Refused, command
 from transformers_mcmoe.cli.console import notes, progress, say, show_json, show_pairs
-from transformers_mcmoe.cli.loading import is_packed, model_class, read_config
+from transformers_mcmoe.cli.loading import is_packed, read_config
 from transformers_mcmoe.cli.options import compression_options, config_of
 from transformers_mcmoe.distributed import RankDone, launched, world
 from transformers_mcmoe.integrations.hub import copy_tokenizer
+from transformers_mcmoe.models.structure import model_class
 from transformers_mcmoe.progress import Progress, duration, size
 from transformers_mcmoe.report import REPORT_NAME, compression_report
 from transformers_mcmoe.workdir import FINGERPRINT, check_replaceable, is_begun, recover_directory, replace_directory

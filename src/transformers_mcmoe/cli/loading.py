@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 from transformers_mcmoe.cli.command import Refused
 from transformers_mcmoe.cli.console import say
 from transformers_mcmoe.config import QUANT_METHOD
+from transformers_mcmoe.models.structure import model_class
 
 
 def read_config(model: str) -> Any:
@@ -66,14 +67,6 @@ def is_packed(config: Any) -> bool:
     return (
         found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
     ) == QUANT_METHOD
-
-
-def model_class(config: Any) -> Any:
-    """The class that a config names, or the one for causal language models."""
-    for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    return transformers.AutoModelForCausalLM
 
 
 def load_model(model: str, dtype: str = "auto") -> Any:

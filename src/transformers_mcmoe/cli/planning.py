@@ -16,10 +16,10 @@ import typer
 
 from transformers_mcmoe.cli.command import Refused, command
 from transformers_mcmoe.cli.console import progress, say, show_json, show_pairs, show_table
-from transformers_mcmoe.cli.loading import is_packed, model_class, read_config
+from transformers_mcmoe.cli.loading import is_packed, read_config
 from transformers_mcmoe.cli.options import compression_options, config_of
 from transformers_mcmoe.models.stream import checkpoint_files
-from transformers_mcmoe.models.structure import Structure
+from transformers_mcmoe.models.structure import Structure, model_class
 from transformers_mcmoe.pipeline import allocate
 from transformers_mcmoe.pipeline.preview import Preview, per_layer, preview
 from transformers_mcmoe.plan import Plan

@@ -9,12 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import transformers
 from torch import nn
 
 from transformers_mcmoe.models.experts import Widths, find_experts, find_linears, layer_of, stacks_of
 from transformers_mcmoe.models.names import CheckpointNames
 from transformers_mcmoe.models.routers import Router
 from transformers_mcmoe.plan import Matrix, Plan
+
+
+def model_class(config: Any) -> Any:
+    """The class that a model's config names, or the one for causal language models."""
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    return transformers.AutoModelForCausalLM
 
 
 class Structure:

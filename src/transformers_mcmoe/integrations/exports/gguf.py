@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed checkpoints as GGUF, which llama.cpp and what is built on it read.
+
+4-bit matrices become Q4_1, or Q4_0 where zeros are the middle code, and 8-bit ones Q8_0: their codes and scales stay what they
+are, to the bit. Q4_1 has an offset for a zero, scale times zero in fp16, which moves a weight by less than a hundredth of a
+step. Blocks have 32 weights there, so that scales are repeated.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transformers_mcmoe.integrations.exports.stored import Matrix, Stored
+from transformers_mcmoe.quantization import Quantized
+
+logger = logging.getLogger(__name__)
+
+BLOCK = 32
+# llama.cpp's names of architectures
+ARCHITECTURES = {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+# how it splits text before byte pairs are joined, by model type
+SPLITS = {"qwen2_moe": "qwen2", "qwen3_moe": "qwen2"}
+_EXPERTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
+
+
+def export(
+    name: str,
+    output: Path,
+    split: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Write a packed checkpoint as one GGUF file.
+
+    Args:
+        name: folder or Hub id of the packed checkpoint.
+        output: the file; it takes its name when all is written.
+        split: llama.cpp's name of how the tokenizer splits text ("pre"), where it is of byte pairs; default by the model's
+            type, else "default".
+        progress: called with the tensors that are done, and their number.
+
+    Raises:
+        ValueError: the checkpoint is not packed, or has what llama.cpp's formats or this export do not.
+        ImportError: gguf is not installed.
+    """
+    import gguf
+
+    stored = Stored(name)
+    architecture = _check(stored)
+    if output.exists():
+        raise ValueError(f"'{output}' exists; give a new file.")
+    entries = list(_entries(stored, gguf, architecture))
+    partial = output.with_name(f".{output.name}.partial")
+    writer = gguf.GGUFWriter(partial, architecture)
+    try:
+        _describe(stored, gguf, writer, split)
+        for entry in entries:
+            writer.add_tensor_info(entry.name, entry.shape, entry.dtype, entry.size, raw_dtype=entry.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for n, entry in enumerate(entries):
+            writer.write_tensor_data(entry.data())
+            progress(n + 1, len(entries))
+        writer.close()
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _check(stored: Stored) -> str:
+    """The architecture; raises ValueError for what cannot be exported, before anything is written."""
+    kind = stored.config.model_type
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"Models of type '{kind}' are not exported to GGUF; {sorted(ARCHITECTURES)} are.")
+    normalized = getattr(stored.config, "norm_topk_prob", True)
+    if normalized != (kind != "qwen2_moe"):
+        raise ValueError(
+            f"llama.cpp has no {kind} with norm_topk_prob={normalized}; this model cannot be exported to GGUF."
+        )
+    for matrix in stored.matrices.values():
+        if matrix.bits not in (4, 8):
+            raise ValueError(
+                f"'{matrix.key}' has {matrix.bits} bits, but codes of 4 and 8 bits alone have a place in GGUF; compress with "
+                "expert_bits=(4,) and granularity='layer'."
+            )
+        if matrix.bits == 8 and not stored.quantization.symmetric:
+            raise ValueError(
+                f"'{matrix.key}' has 8 bits and zeros, but Q8_0 has none; compress with symmetric=True, or with 4 bits."
+            )
+        if matrix.in_features % BLOCK:
+            raise ValueError(f"'{matrix.key}' has {matrix.in_features} columns, but GGUF's blocks have {BLOCK}.")
+    return ARCHITECTURES[kind]
+
+
+class _Entry:
+    """One tensor of the file, made when it is written."""
+
+    def __init__(
+        self, name: str, shape: tuple[int, ...], dtype: Any, kind: Any, data: Callable[[], np.ndarray]
+    ) -> None:
+        self.name, self.shape, self.dtype, self.kind, self.data = name, shape, np.dtype(dtype), kind, data
+        self.size = int(np.prod(shape)) * self.dtype.itemsize
+
+
+def _entries(stored: Stored, gguf: Any, architecture: str) -> Iterator[_Entry]:
+    """The tensors in the order of the checkpoint; experts of a layer are one for each projection."""
+    kinds = gguf.GGMLQuantizationType
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), stored.config.num_hidden_layers)
+    experts: dict[str, list[Matrix]] = {}
+    for key in stored.checkpoint.slices:
+        matrix = stored.matrices.get(key)
+        if matrix is not None and matrix.expert is not None:
+            leaf = key.removesuffix(".weight").rpartition(".")[2]
+            experts.setdefault(f"blk.{matrix.layer}.ffn_{_EXPERTS[leaf]}_exps.weight", []).append(matrix)
+            continue
+        stem, _, suffix = key.rpartition(".")
+        name = names.get_name(stem)
+        if name is None:
+            raise ValueError(f"llama.cpp has no name for the tensor '{key}'; this model cannot be exported to GGUF.")
+        name = f"{name}.{suffix}"
+        order = _rotated(stored, key)
+        if matrix is None:
+            yield _dense(stored, key, name, order, kinds)
+        else:
+            yield _packed(stored, [matrix], name, order, kinds)
+    for name, own in experts.items():
+        yield _packed(stored, sorted(own, key=lambda m: m.expert or 0), name, None, kinds)
+
+
+def _dense(stored: Stored, key: str, name: str, order: Tensor | None, kinds: Any) -> _Entry:
+    """A tensor that is not packed: vectors and routers in float32, matrices as they are."""
+    shape = tuple(stored.checkpoint.slices[key].get_shape())
+    whole = len(shape) < 2 or "ffn_gate_inp" in name
+
+    def data() -> np.ndarray:
+        tensor = stored.tensor(key)
+        tensor = tensor if order is None else tensor[order]
+        if not whole and tensor.dtype == torch.bfloat16:
+            return tensor.contiguous().view(torch.uint8).numpy()
+        return tensor.to(torch.float32 if whole or tensor.dtype != torch.float16 else torch.float16).numpy()
+
+    kind = stored.checkpoint.slices[key].get_dtype()
+    if not whole and kind == "BF16":
+        return _Entry(name, (*shape[:-1], 2 * shape[-1]), np.uint8, kinds.BF16, data)
+    half = not whole and kind == "F16"
+    return _Entry(name, shape, np.float16 if half else np.float32, kinds.F16 if half else kinds.F32, data)
+
+
+def _packed(stored: Stored, matrices: list[Matrix], name: str, order: Tensor | None, kinds: Any) -> _Entry:
+    """One packed matrix, or those of all experts."""
+    first = matrices[0]
+    symmetric = stored.quantization.symmetric
+    kind = kinds.Q8_0 if first.bits == 8 else kinds.Q4_0 if symmetric else kinds.Q4_1
+    make = q8_0 if first.bits == 8 else q4_0 if symmetric else q4_1
+    row = first.in_features // BLOCK * {kinds.Q8_0: 34, kinds.Q4_0: 18, kinds.Q4_1: 20}[kind]
+
+    def data() -> np.ndarray:
+        made = [make(stored.quantized(matrix)) for matrix in matrices]
+        rows = torch.stack(made) if first.expert is not None else made[0]
+        return (rows if order is None else rows[order]).contiguous().numpy()
+
+    shape = (first.out_features, row)
+    return _Entry(name, (len(matrices), *shape) if first.expert is not None else shape, np.uint8, kind, data)
+
+
+def _rotated(stored: Stored, key: str) -> Tensor | None:
+    """Order of the rows of q and k where llama.cpp pairs neighbours in rotary embeddings; None where it does not."""
+    config = stored.config
+    if ARCHITECTURES[config.model_type] != "llama" or not re.search(r"\.(q|k)_proj\.(weight|bias)$", key):
+        return None
+    heads = config.num_attention_heads if ".q_proj." in key else config.num_key_value_heads
+    rows = torch.arange(stored.checkpoint.slices[key].get_shape()[0])
+    return rows.view(heads, 2, -1).transpose(1, 2).reshape(-1)
+
+
+def _blocks(quantized: Quantized) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [out, blocks, 32] uint8, scale and zero [out, blocks] float32; the last group may be padded."""
+    columns = quantized.in_features
+    group = quantized.codes.shape[-1]
+    codes = quantized.codes.flatten(1)[:, :columns].unflatten(1, (-1, BLOCK))
+    repeat = group // BLOCK
+    scale, zero = (
+        part.repeat_interleave(repeat, dim=1)[:, : codes.shape[1]] for part in (quantized.scale, quantized.zero)
+    )
+    return codes, scale, zero
+
+
+def _half(values: Tensor) -> Tensor:
+    """[.., n] as the bytes of fp16, [.., n, 2]."""
+    return values.to(torch.float16).unsqueeze(-1).contiguous().view(torch.uint8)
+
+
+def _nibbles(codes: Tensor) -> Tensor:
+    """[.., 32] codes of 4 bits -> [.., 16] bytes: the first half in the low bits."""
+    return codes[..., : BLOCK // 2] | (codes[..., BLOCK // 2 :] << 4)
+
+
+def q4_1(quantized: Quantized) -> Tensor:
+    """Rows of Q4_1, [out, blocks * 20] uint8: fp16 d, fp16 m and codes q, which stand for d * q + m."""
+    codes, scale, zero = _blocks(quantized)
+    return torch.cat([_half(scale), _half(-scale * zero), _nibbles(codes)], dim=-1).flatten(1)
+
+
+def q4_0(quantized: Quantized) -> Tensor:
+    """Rows of Q4_0, [out, blocks * 18] uint8: fp16 d and codes q, which stand for d * (q - 8)."""
+    codes, scale, _ = _blocks(quantized)
+    return torch.cat([_half(scale), _nibbles(codes)], dim=-1).flatten(1)
+
+
+def q8_0(quantized: Quantized) -> Tensor:
+    """Rows of Q8_0, [out, blocks * 34] uint8: fp16 d and signed codes q, which stand for d * q."""
+    codes, scale, _ = _blocks(quantized)
+    return torch.cat([_half(scale), codes ^ 128], dim=-1).flatten(1)  # q - 128 in two's complement
+
+
+def _describe(stored: Stored, gguf: Any, writer: Any, split: str | None) -> None:
+    """What llama.cpp wants to know of the model and its tokenizer."""
+    config = stored.config
+    writer.add_name(Path(stored.name).name)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    writer.add_rope_dimension_count(size)
+    writer.add_rope_freq_base(_theta(config))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_expert_count(getattr(config, "num_local_experts", None) or config.num_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    if hasattr(config, "moe_intermediate_size"):
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if getattr(config, "shared_expert_intermediate_size", 0):
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    _tokenizer(stored, gguf, writer, split or SPLITS.get(config.model_type, "default"))
+
+
+def _theta(config: Any) -> float:
+    """Base of the rotary embeddings.
+
+    Raises:
+        ValueError: positions are scaled.
+    """
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"Rotary embeddings of type '{kind}' are not exported to GGUF.")
+    return float(rope.get("rope_theta", getattr(config, "rope_theta", 10000.0)))
+
+
+def _tokenizer(stored: Stored, gguf: Any, writer: Any, split: str) -> None:
+    """The tokenizer beside the weights: sentencepiece, byte pairs, or none that llama.cpp has."""
+    folder = Path(stored.files[0]).parent
+    kinds_of = [gguf.vocab.LlamaHfVocab, gguf.vocab.BpeVocab]
+    if (folder / "tokenizer.model").is_file():
+        kinds_of = [gguf.vocab.SentencePieceVocab]
+    for vocabulary in kinds_of:
+        try:
+            found = vocabulary(folder)
+        except (FileNotFoundError, TypeError):  # of another kind
+            continue
+        tokens, scores, kinds = (list(column) for column in zip(*found.all_tokens(), strict=True))
+        pairs = isinstance(found, gguf.vocab.BpeVocab)
+        writer.add_tokenizer_model("gpt2" if pairs else "llama")
+        writer.add_tokenizer_pre(split)
+        lacking = stored.config.vocab_size - len(tokens)
+        tokens += [f"[PAD{n}]".encode() for n in range(lacking)]
+        kinds += [gguf.TokenType.UNUSED] * lacking
+        writer.add_token_list(tokens)
+        if not pairs:
+            writer.add_token_scores(scores + [-1000.0] * lacking)
+        writer.add_token_types(kinds)
+        gguf.SpecialVocab(folder, load_merges=pairs, n_vocab=len(tokens)).add_to_gguf(writer, quiet=True)
+        return
+    logger.warning(
+        "llama.cpp has no tokenizer like that of '%s'; the file has none, and takes token ids alone.", stored.name
+    )
+    writer.add_tokenizer_model("no_vocab")

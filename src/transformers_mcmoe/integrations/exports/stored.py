@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A packed checkpoint, read matrix by matrix for another format. Knows files, names and the plan; no format but our own."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from transformers_mcmoe.config import MCMoEConfig
+from transformers_mcmoe.models.experts import layer_of
+from transformers_mcmoe.models.names import CheckpointNames
+from transformers_mcmoe.models.stream import Checkpoint, checkpoint_files
+from transformers_mcmoe.models.structure import Structure, model_class
+from transformers_mcmoe.nn import PackedLinear
+from transformers_mcmoe.nn.checks import check_tensors
+from transformers_mcmoe.plan import Plan
+from transformers_mcmoe.quantization import Quantized
+from transformers_mcmoe.quantization.packing import unpack
+from transformers_mcmoe.quantizer import replace_modules
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One packed matrix of a checkpoint.
+
+    Attributes:
+        key: its name there.
+        path: of its module in the packed model.
+        layer: number of its decoder layer.
+        expert: its expert, None outside of experts.
+        bits: code width.
+        out_features, in_features: of the dense matrix.
+    """
+
+    key: str
+    path: str
+    layer: int
+    expert: int | None
+    bits: int
+    out_features: int
+    in_features: int
+
+
+class Stored:
+    """A packed checkpoint.
+
+    Args:
+        name: folder or Hub id.
+
+    Attributes:
+        config: of the model.
+        quantization: of the compression.
+        matrices: the packed matrices by name, in the order of the plan.
+        files: the safetensors files.
+
+    Raises:
+        ValueError: it is not packed, is damaged, or has what other engines have no place for: dropped experts, low-rank
+            factors, experts of one layer with different widths, or experts that are fused in the dense checkpoint.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.config = AutoConfig.from_pretrained(name)
+        given = getattr(self.config, "quantization_config", None)
+        if not isinstance(given, dict) or given.get("quant_method") != "mcmoe":
+            raise ValueError(f"'{name}' is not packed; compress it first.")
+        self.quantization: MCMoEConfig = MCMoEConfig.from_dict(given)
+        self.files = checkpoint_files(name)
+        self.checkpoint = Checkpoint(self.files)
+        with torch.device("meta"):
+            model = model_class(self.config)._from_config(_plain(self.config))
+        structure = Structure(model)
+        assert self.quantization.plan is not None
+        self.plan = self.quantization.plan.under(structure.experts, model.base_model_prefix)
+        structure.check(self.plan)
+        _check(self.plan, structure)
+        structure.follow(self.plan)
+        replace_modules(model, structure, self.plan, self.quantization.group_size)
+        check_tensors(model, structure, self.files)
+        self.matrices = dict(self._found(model, structure.names))
+
+    def _found(self, model: Any, names: CheckpointNames) -> Iterator[tuple[str, Matrix]]:
+        state = model.state_dict()
+        modules = {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
+        inside = {f"{path}.": path for path in self.plan.experts}
+        for key in self.checkpoint.slices:
+            path, _, leaf = names.packed_name(key, state).rpartition(".")
+            module = modules.get(path)
+            if module is None or leaf != "weight":
+                continue
+            prefix = next((prefix for prefix in inside if path.startswith(prefix)), None)
+            expert = None if prefix is None else int(path.removeprefix(prefix).partition(".")[0])
+            sizes = (module.bits, module.out_features, module.in_features)
+            yield key, Matrix(key, path, layer_of(path)[1], expert, *sizes)
+
+    @staticmethod
+    def keys_of(file: str) -> list[str]:
+        """Names of a file's tensors."""
+        return list(Checkpoint([file]).slices)
+
+    def quantized(self, matrix: Matrix) -> Quantized:
+        """Codes and grids of a matrix."""
+        return unpack(self.tensor(matrix.key), matrix.bits, matrix.in_features)
+
+    def tensor(self, key: str) -> Tensor:
+        """A tensor as it is stored."""
+        return self.checkpoint.slices[key][:]  # type: ignore[no-any-return]
+
+
+def _plain(config: Any) -> Any:
+    """The config without what says that the model is packed."""
+    plain = type(config).from_dict(config.to_dict())
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    return plain
+
+
+def _check(plan: Plan, structure: Structure) -> None:
+    """Raise ValueError for what other formats have no place for."""
+    for path, widths in plan.experts.items():
+        if any(widths.ranks) or len(widths.kept) < len(widths.gate_up):
+            what = "low-rank factors" if any(widths.ranks) else "dropped experts"
+            raise ValueError(
+                f"'{path}' has {what}, which other formats have no place for; export transformers_mcmoe.unpack(model)."
+            )
+        if len({*widths.gate_up}) > 1 or len({*widths.down}) > 1:
+            raise ValueError(
+                f"The experts of '{path}' have the widths {sorted({*widths.gate_up, *widths.down})}, but other formats have one for "
+                "each layer; compress with granularity='layer'."
+            )
+        if structure.names.is_fused_on_disk(structure.experts[path]):  # type: ignore[arg-type]
+            raise ValueError(
+                f"The dense checkpoint has the experts of '{path}' fused; exporting such families is not supported."
+            )
+
+
+@contextmanager
+def written_whole(output: Path) -> Iterator[Path]:
+    """A folder that takes its name when all has been written to it.
+
+    Raises:
+        ValueError: there is a folder of that name that is not empty.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"'{output}' exists and is not empty; give a new folder.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if output.is_dir():
+            output.rmdir()
+        folder.rename(output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

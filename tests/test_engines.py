@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exports for other engines: their own libraries read back the weights that the packed model computes with."""
+
+import importlib.util
+import json
+import re
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from gguf.quants import dequantize
+from safetensors.torch import load_file
+from tiny import compressed, load, quick_config, relative_rms, save_dense, save_tokenizer, tokens
+from transformers import CompressedTensorsConfig
+from typer.testing import CliRunner
+
+from transformers_mcmoe import PruneConfig
+from transformers_mcmoe.cli import app
+from transformers_mcmoe.integrations.exports import compressed as compressed_tensors
+from transformers_mcmoe.integrations.exports import gguf as llama_cpp
+
+LEAVES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+FOUR = {"bits": 4.0, "expert_bits": (4,), "attention_bits": 4, "shared_expert_bits": 4, "granularity": "layer"}
+LAYERS = FOUR | {"bits": 3.2, "expert_bits": (2, 3, 4), "integer_zeros": True}
+SIZES = {
+    "mixtral": {"hidden_size": 64, "intermediate_size": 128},
+    "qwen2_moe": {"shared_expert_intermediate_size": 64, "mlp_only_layers": []},
+    "qwen3_moe": {"norm_topk_prob": True},
+    "deepseek_v2": {},
+}
+
+
+def packed(folder, family="mixtral", **options):
+    """A tiny packed model, and its folder."""
+    dense = save_dense(family, folder / "dense", **SIZES[family])
+    model = compressed(dense, quick_config(**(FOUR | {"group_size": 64} | options)))
+    model.save_pretrained(folder / "packed")
+    save_tokenizer(folder / "packed")
+    return model, folder / "packed"
+
+
+def exported(*args):
+    """Result of `mcmoe export`."""
+    return CliRunner().invoke(app, ["export", *map(str, args)])
+
+
+def test_a_width_per_layer(tmp_path):
+    model, _ = packed(tmp_path, **(LAYERS | {"bits": 2.9}))
+    plan = model.config.quantization_config.plan
+    found = [{*widths.gate_up, *widths.down} for widths in plan.experts.values()]
+    assert all(len(widths) == 1 for widths in found)
+    assert len(set.union(*found)) > 1  # the layers differ
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_transformers_reads_compressed_tensors(family, tmp_path):
+    model, folder = packed(tmp_path, family, symmetric=True, group_size=32)
+    done = exported(folder, tmp_path / "out", "--format", "compressed-tensors")
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors"
+    assert all(group["weights"]["num_bits"] == 4 for group in config["config_groups"].values())
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert not (tmp_path / "out" / "mcmoe_report.json").exists()
+    again = load(tmp_path / "out", quantization_config=CompressedTensorsConfig(dequantize=True))
+    ids = tokens(2, 16)
+    # products of codes and scales are rounded to fp16 there
+    assert relative_rms(again(ids).logits, model.dequantize()(ids).logits) < 1e-3
+
+
+def test_compressed_tensors_with_a_width_per_layer(tmp_path):
+    model, folder = packed(tmp_path, **LAYERS)
+    compressed_tensors.export(str(folder), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    plan = model.config.quantization_config.plan
+    widths = {group["weights"]["num_bits"] for group in config["config_groups"].values()}
+    assert widths == {4, *(bits for own in plan.experts.values() for bits in own.gate_up)}
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert not any(tensor.dtype == torch.uint8 for tensor in tensors.values())
+    # the library's own reader, which transformers does not use for experts with zeros
+    schemes = QuantizationConfig.model_validate(config).config_groups.values()
+    dense = model.dequantize().model.layers[1]
+    for name, wanted in {
+        "model.layers.1.block_sparse_moe.experts.3.w2": dense.mlp.experts.down_proj[3],
+        "model.layers.1.self_attn.k_proj": dense.self_attn.k_proj.weight,
+    }.items():
+        (scheme,) = (s for s in schemes if any(re.match(target.removeprefix("re:"), name) for target in s.targets))
+        own = {leaf: tensors[f"{name}.{leaf}"] for leaf in LEAVES}
+        found = BaseCompressor.get_value_from_registry("pack-quantized").decompress(own, scheme)["weight"]
+        assert relative_rms(found, wanted) < 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Q4_1", {}),
+        ("Q4_0", {"symmetric": True}),
+        ("Q8_0", {"symmetric": True, "expert_bits": (8,), "bits": 8.0, "attention_bits": 8, "shared_expert_bits": 8}),
+    ],
+)
+def test_gguf_holds_the_weights(family, kind, options, tmp_path):
+    model, folder = packed(tmp_path, family, **options)
+    done = exported(folder, tmp_path / "model.gguf", "--format", "gguf")
+    assert done.exit_code == 0, done.output
+    read = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    last = model.config.num_hidden_layers - 1
+    step = _step(model, last)
+    dense = model.dequantize()
+    down = read[f"blk.{last}.ffn_down_exps.weight"]
+    assert down.tensor_type.name == kind
+    wanted = dense.model.layers[last].mlp.experts.down_proj
+    found = torch.from_numpy(dequantize(down.data, down.tensor_type).copy()).view_as(wanted)
+    # d * q + m has m in fp16; without zeros all is exact
+    assert float((found - wanted).abs().max()) <= (0.01 * step if kind == "Q4_1" else 0)
+    output = read[f"blk.{last}.attn_output.weight"]
+    own = torch.from_numpy(dequantize(output.data, output.tensor_type).copy())
+    assert relative_rms(own, dense.model.layers[last].self_attn.o_proj.weight) < 1e-3
+    query = read[f"blk.{last}.attn_q.weight"]
+    rows = torch.from_numpy(dequantize(query.data, query.tensor_type).copy())
+    if family == "mixtral":  # neighbours are rotated together there
+        rows = rows.unflatten(0, (4, -1, 2)).transpose(1, 2).flatten(0, 2)
+    assert relative_rms(rows, dense.model.layers[last].self_attn.q_proj.weight) < 1e-3
+    assert read["token_embd.weight"].tensor_type.name == "F32"
+
+
+def _step(model, layer):
+    """The largest scale of a layer's down projections."""
+    experts = model.model.layers[layer].mlp.experts
+    scales = [
+        experts.linear(e, "down_proj").weight.data[..., -4:-2].contiguous().view(torch.float16) for e in range(8)
+    ]
+    return float(torch.stack(scales).max())
+
+
+REFUSED = [
+    ({"granularity": "projection", "bits": 3.0, "expert_bits": (2, 4)}, "compress with granularity='layer'"),
+    ({"expert_bits": (3,), "attention_bits": 3, "bits": 3.0}, "codes of 4 and 8 bits alone have a place in GGUF"),
+    ({"attention_bits": 8, "expert_bits": (4, 8), "bits": 5.0}, "Q8_0 has none; compress with symmetric=True"),
+    (
+        {"prune": PruneConfig(0.25, method="naee"), "bits": 2.6, "expert_bits": (2, 4)},
+        "dropped experts, which other formats have no place for",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_what_gguf_cannot_hold_is_refused(options, message, tmp_path):
+    _, folder = packed(tmp_path, **options)
+    with pytest.raises(ValueError, match=message):
+        llama_cpp.export(str(folder), tmp_path / "model.gguf")
+    assert not list(tmp_path.glob("*model.gguf*"))
+
+
+def test_what_compressed_tensors_cannot_hold_is_refused(tmp_path):
+    _, folder = packed(tmp_path)
+    with pytest.raises(ValueError, match=r"zeros that are no codes.*integer_zeros=True"):
+        compressed_tensors.export(str(folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_other_models(tmp_path):
+    dense = save_dense("mixtral", tmp_path / "dense")
+    with pytest.raises(ValueError, match="is not packed; compress it first"):
+        llama_cpp.export(str(dense), tmp_path / "model.gguf")
+    _, folder = packed(tmp_path / "other", "deepseek_v2")
+    with pytest.raises(ValueError, match="Models of type 'deepseek_v2' are not exported to GGUF"):
+        llama_cpp.export(str(folder), tmp_path / "model.gguf")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+@torch.no_grad()
+def test_llama_cpp_computes_the_same(tmp_path):
+    import llama_cpp as engine
+
+    model, folder = packed(tmp_path)
+    llama_cpp.export(str(folder), tmp_path / "model.gguf")
+    ids = tokens(1, 24)
+    runner = engine.Llama(str(tmp_path / "model.gguf"), n_ctx=64, logits_all=True, verbose=False)
+    runner.eval(ids[0].tolist())
+    found = torch.from_numpy(np.array(runner.scores[:24]))
+    assert relative_rms(found, model(ids).logits[0].float()) < 0.05  # activations have 8 bits there
