@@ -7,7 +7,7 @@ EXTRAS ?= dev,lora,hqq
 VLLM_VENV ?= .venv-vllm
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-vllm check bench format clean
+.PHONY: demo test test-slow test-vllm test-vllm-slow check bench format clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python examples/demo.py
@@ -16,11 +16,14 @@ test: $(STAMP)
 	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)
-	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m slow
+	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m 'slow and not vllm'
 
 # vLLM has its own torch and transformers, and so an environment of its own
 test-vllm: $(STAMP) $(VLLM_VENV)/.installed
-	VLLM_VENV=$(VLLM_VENV) $(VENV)/bin/python -m pytest -m vllm
+	VLLM_VENV=$(VLLM_VENV) $(VENV)/bin/python -m pytest -m 'vllm and not slow'
+
+test-vllm-slow: $(STAMP) $(VLLM_VENV)/.installed
+	VLLM_VENV=$(VLLM_VENV) $(VENV)/bin/python -m pytest -m 'vllm and slow'
 
 check: $(STAMP)
 	$(VENV)/bin/python -m ruff check .

@@ -129,6 +129,54 @@ def test_gguf_holds_the_weights(family, kind, options, tmp_path):
     assert read["token_embd.weight"].tensor_type.name == "F32"
 
 
+WIDE = {"hidden_size": 256, "intermediate_size": 512}
+MIXED = FOUR | {"bits": 2.8, "expert_bits": (2, 3), "group_size": 64}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A packed model of 2 and 3 bits whose rows have blocks of 256."""
+    folder = tmp_path_factory.mktemp("wide")
+    model = compressed(save_dense("mixtral", folder / "dense", **WIDE), quick_config(**MIXED))
+    model.save_pretrained(folder / "packed")
+    return model, folder
+
+
+def test_two_and_three_bits_on_the_grids_of_llama_cpp(wide, tmp_path):
+    model, folder = wide
+    llama_cpp.export(
+        str(folder / "packed"), tmp_path / "model.gguf", dense=str(folder / "dense"), dataset=tokens(8, 32)
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["model.gguf"]
+    read = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    plan, dense = model.config.quantization_config.plan, load(folder / "dense")
+    kinds = {2: "Q2_K", 3: "Q3_K"}
+    found = set()
+    for layer, (path, widths) in enumerate(plan.experts.items()):
+        for name, wanted in (("down", dense.get_submodule(path).down_proj),):
+            tensor = read[f"blk.{layer}.ffn_{name}_exps.weight"]
+            assert tensor.tensor_type.name == kinds[widths.down[0]]
+            own = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).view_as(wanted)
+            assert relative_rms(own, wanted) < {2: 0.6, 3: 0.35}[widths.down[0]]
+            found.add(tensor.tensor_type.name)
+    assert found == set(kinds.values())
+    assert read["blk.0.attn_q.weight"].tensor_type.name == "Q4_1"
+
+
+def test_requantizing_wants_the_model_that_was_packed(wide, tmp_path):
+    _, folder = wide
+    with pytest.raises(ValueError, match="they are quantized anew on those grids, which takes the dense model"):
+        llama_cpp.export(str(folder / "packed"), tmp_path / "model.gguf")
+    other = load(folder / "dense")
+    other.model.norm.weight.data += 1
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"is not the model that .* was made from.*'model.norm.weight' differs"):
+        llama_cpp.export(
+            str(folder / "packed"), tmp_path / "model.gguf", dense=str(tmp_path / "other"), dataset=tokens(8, 32)
+        )
+    assert not list(tmp_path.glob("*model.gguf*"))
+
+
 def _step(model, layer):
     """The largest scale of a layer's down projections."""
     experts = model.model.layers[layer].mlp.experts
@@ -140,7 +188,8 @@ def _step(model, layer):
 
 REFUSED = [
     ({"granularity": "projection", "bits": 3.0, "expert_bits": (2, 4)}, "compress with granularity='layer'"),
-    ({"expert_bits": (3,), "attention_bits": 3, "bits": 3.0}, "codes of 4 and 8 bits alone have a place in GGUF"),
+    ({"expert_bits": (2, 3), "bits": 2.8}, "but Q2_K and Q3_K have blocks of 256"),
+    ({"expert_bits": (4, 8), "attention_bits": 3, "bits": 5.0, "symmetric": True}, "other matrices 4 or 8"),
     ({"attention_bits": 8, "expert_bits": (4, 8), "bits": 5.0}, "Q8_0 has none; compress with symmetric=True"),
     (
         {"prune": PruneConfig(0.25, method="naee"), "bits": 2.6, "expert_bits": (2, 4)},
@@ -182,7 +231,40 @@ def test_llama_cpp_computes_the_same(tmp_path):
     model, folder = packed(tmp_path)
     llama_cpp.export(str(folder), tmp_path / "model.gguf")
     ids = tokens(1, 24)
-    runner = engine.Llama(str(tmp_path / "model.gguf"), n_ctx=64, logits_all=True, verbose=False)
+    assert (
+        relative_rms(found_by(engine, tmp_path / "model.gguf", ids), model(ids).logits[0].float()) < 0.05
+    )  # activations have 8 bits there
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+@torch.no_grad()
+def test_llama_cpp_computes_with_requantized_experts(wide, tmp_path):
+    import llama_cpp as engine
+
+    _, folder = wide
+    llama_cpp.export(
+        str(folder / "packed"), tmp_path / "model.gguf", dense=str(folder / "dense"), dataset=tokens(8, 32)
+    )
+    ids, model = tokens(1, 24), load(folder / "dense")
+    for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors:
+        if "_exps" in tensor.name:
+            layer, kind = int(tensor.name.split(".")[1]), tensor.name.split("_")[1]
+            experts, own = (
+                model.model.layers[layer].mlp.experts,
+                torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()),
+            )
+            if kind == "down":
+                experts.down_proj.data = own.view_as(experts.down_proj)
+            else:
+                rows = slice(0, 512) if kind == "gate" else slice(512, 1024)
+                experts.gate_up_proj.data[:, rows] = own.view_as(experts.gate_up_proj[:, rows])
+    assert (
+        relative_rms(found_by(engine, tmp_path / "model.gguf", ids), model(ids).logits[0]) < 0.1
+    )  # attention has 4 bits
+
+
+def found_by(engine, file, ids):
+    """Logits of llama.cpp."""
+    runner = engine.Llama(str(file), n_ctx=64, logits_all=True, verbose=False)
     runner.eval(ids[0].tolist())
-    found = torch.from_numpy(np.array(runner.scores[:24]))
-    assert relative_rms(found, model(ids).logits[0].float()) < 0.05  # activations have 8 bits there
+    return torch.from_numpy(np.array(runner.scores[:24]))

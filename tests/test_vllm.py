@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import compressed, quick_config, save_dense, tokens
+from tiny import compressed, load, quick_config, save_dense, tokens
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from transformers_mcmoe import ODPConfig, OTPConfig, PruneConfig, RankConfig, set_expert_pruning, unpack
+from transformers_mcmoe import MCMoEConfig, ODPConfig, OTPConfig, PruneConfig, RankConfig, set_expert_pruning, unpack
 from transformers_mcmoe.integrations.vllm.loading import Packed, Part
 from transformers_mcmoe.quantization import Grid, pack, quantize
 
 ROOT = Path(__file__).parent.parent
 PYTHON = Path(os.environ.get("VLLM_VENV", ROOT / ".venv-vllm")) / "bin" / "python"
+DEMO = ROOT / "examples" / "demo-mixtral"
 RUN = Path(__file__).parent / "vllm_run.py"
 NEW = 32
 PROMPTS = [row.tolist() for row in tokens(3, 12, seed=5)]
@@ -227,3 +229,83 @@ def test_vllm_is_not_imported_with_the_package():
     assert (
         subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout == "False\n"
     )
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo model, packed, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("demo") / "packed"
+    config = MCMoEConfig(2.54, odp=ODPConfig(protect=0), dataset=tokens(16, 64) * 12, num_samples=16)
+    AutoModelForCausalLM.from_pretrained(DEMO, quantization_config=config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO).save_pretrained(folder)
+    return folder
+
+
+def server(folder, port, *options):
+    """Command of vLLM's HTTP server."""
+    if not PYTHON.exists():
+        pytest.skip(f"vLLM's environment {PYTHON.parent.parent} is not there; make test-vllm builds it")
+    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
+    return [*command, "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", *options]
+
+
+def answers_of(folder, prompts, new):
+    """Greedy answers in transformers."""
+    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
+    found = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        with torch.no_grad():
+            out = model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None)
+        found.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    return found
+
+
+QUESTIONS = ["The function returns a", "Return True if the", "class collections.deque(", "Changed in version 3.", "import os\n",
+             "A string is", "The module defines", "Raises ValueError if"]  # fmt: skip
+
+
+@vllm
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sixteen_clients_for_two_minutes(demo, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from http_load import ask, free_port, running
+
+    port = free_port()
+    with running(server(demo, port), port, tmp_path / "log"):
+        load = ask(port, str(demo), QUESTIONS, clients=16, seconds=120, new_tokens=24)
+    assert not load.errors, load.errors[:3]
+    wanted = answers_of(demo, QUESTIONS, 24)
+    assert len(load.answers) > 100
+    assert {text for which, text in load.answers if text != wanted[which]} == set()
+
+
+@vllm
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_launchers(demo, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from http_load import ask, free_port, running
+
+    port, meeting = free_port(), free_port()
+    options = [
+        "--tensor-parallel-size",
+        "2",
+        "--nnodes",
+        "2",
+        "--master-addr",
+        "127.0.0.1",
+        "--master-port",
+        str(meeting),
+    ]
+    other = [str(PYTHON), str(Path(__file__).parent / "vllm_headless.py"), *server(demo, port)[3:]]
+    with (
+        running([*other, *options, "--node-rank", "1", "--headless"], port, tmp_path / "log1", health=False),
+        running([*server(demo, port), *options, "--node-rank", "0"], port, tmp_path / "log0", timeout=400),
+    ):
+        load = ask(port, str(demo), QUESTIONS, clients=2, seconds=10, new_tokens=24)
+    assert not load.errors, load.errors[:3]
+    wanted = answers_of(demo, QUESTIONS, 24)
+    assert load.answers
+    assert {text for which, text in load.answers if text != wanted[which]} == set()

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from transformers_mcmoe.cli.command import Refused, command
-from transformers_mcmoe.cli.console import say, show
+from transformers_mcmoe.cli.console import progress, say, show
 from transformers_mcmoe.integrations.exports import compressed, gguf
 
 
@@ -33,19 +33,25 @@ def export(
             help="gguf: llama.cpp's name of how a byte-pair tokenizer splits text; default by the model's type."
         ),
     ] = None,
+    dense: Annotated[
+        str | None,
+        typer.Option(help="gguf, experts of 2 and 3 bits: the dense model, which they are quantized from anew."),
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="gguf: calibration text for that, a file or Hub id.")] = None,
 ) -> None:
     """Write MODEL for llama.cpp or for vLLM without this package: codes and scales stay what they are.
 
-    Such formats have one width for the experts of a layer: compress with --granularity layer and --attention-bits 4; 4 and 8 bits
-    for gguf, with --symmetric for 8; --integer-zeros or --symmetric for compressed-tensors.
+    Such formats have one width for the experts of a layer: compress with --granularity layer and --attention-bits 4; 4 bits for
+    gguf, 8 with --symmetric, 2 and 3 for experts; --integer-zeros or --symmetric for compressed-tensors.
     """
-    if pre is not None and format is not Format.GGUF:
-        raise Refused("--pre is an option of gguf.")
+    if format is not Format.GGUF and (pre or dense or dataset):
+        raise Refused("--pre, --dense and --dataset are options of gguf.")
     if output.is_dir() == (format is Format.GGUF) and output.exists():
         raise Refused(f"'{output}' must be a new {'file' if format is Format.GGUF else 'folder'}.")
     try:
         if format is Format.GGUF:
-            gguf.export(model, output, pre)
+            with progress() as shown:
+                gguf.export(model, output, pre, dense=dense, dataset=dataset, progress=shown)
         else:
             compressed.export(model, output)
     except ImportError as error:

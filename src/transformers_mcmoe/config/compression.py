@@ -51,6 +51,7 @@ RUNTIME = (
     "resume",
     "world_size",
     "leaves",
+    "blocks",
 )
 
 
@@ -227,6 +228,8 @@ class MCMoEConfig(QuantizationConfigMixin):
         self.otp = OTPConfig.read(otp) if otp is not False else False
         # whether ranks other than the first end once the layers are written
         self.leaves = False
+        # matrices of 2 and 3 bits go onto llama.cpp's grids; the export sets it on a copy (`integrations.exports.requantized`)
+        self.blocks = False
         # what a config given beside a packed checkpoint asks of its pruning
         self.asked: dict[str, Any] = {}
         self.progress = progress

@@ -158,7 +158,8 @@ class LayerQuantizer:
         experts = self._structure.experts[path]
         ranks = {expert: widths.rank_of(expert) for expert in which if widths.rank_of(expert)}
         counted = hessians.roles if hessians is not None else {}
-        rounder = ExpertRounder(experts, which, counted, self._config, factors=bool(ranks))
+        bits = max(widths.gate_up)  # of all, where it matters
+        rounder = ExpertRounder(experts, which, counted, self._config, factors=bool(ranks), bits=bits)
         packed: dict[int, Packed] = {expert: {} for expert in which}
         targets: dict[int, Tensor] | None = None
         for role in ROLES:
@@ -175,7 +176,8 @@ class LayerQuantizer:
                 }
                 behind = self._watcher.behind(i, path, rounded, inputs)
                 targets = behind.targets()
-                rounder = ExpertRounder(experts, which, {role: behind.hessian}, self._config, factors=bool(ranks))
+                hessian = {role: behind.hessian}
+                rounder = ExpertRounder(experts, which, hessian, self._config, factors=bool(ranks), bits=bits)
                 del rounded, behind
             same: dict[int, list[int]] = {}
             own = widths.of_role(role)

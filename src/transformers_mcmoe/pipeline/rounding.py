@@ -28,7 +28,6 @@ from transformers_mcmoe.plan import FACTORS, ROLES
 from transformers_mcmoe.quantization import (
     Factor,
     Grid,
-    Quantized,
     dequantize,
     gptq,
     group_size_for,
@@ -37,6 +36,7 @@ from transformers_mcmoe.quantization import (
 )
 from transformers_mcmoe.quantization.gptq import REFITS
 from transformers_mcmoe.quantization.grid import CHUNK
+from transformers_mcmoe.quantization.k_quants import BLOCK, BYTES, GROUP, quantize_blocks, unpack_blocks
 from transformers_mcmoe.structure.low_rank import factorize, fit_left, root_of
 
 # rows that are rounded together: enough to hide the cost of a step per column
@@ -62,6 +62,7 @@ class ExpertRounder:
         refits: of grids to codes.
         sweeps: of coordinate descent; default the config's.
         factors: keep the Hessians, which low-rank factors need.
+        bits: the only width of the matrices, where it decides their groups (`in_blocks`).
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class ExpertRounder:
         refits: int = REFITS,
         sweeps: int | None = None,
         factors: bool = False,
+        bits: int = 0,
     ) -> None:
         self._experts, self._which, self._config = experts, list(which), config
         self._grid, self._refits = grid or grid_of(config), refits
@@ -81,7 +83,7 @@ class ExpertRounder:
         self._factors: dict[str, Factor] = {}
         self._totals = {role: hessian.total.clone() for role, hessian in hessians.items()} if factors else {}
         for role, hessian in hessians.items():
-            self._factors[role] = _factor(hessian.total, config, f"{experts.path} ({role})")
+            self._factors[role] = _factor(hessian.total, config, f"{experts.path} ({role})", bits)
 
     def round(self, which: Sequence[int], widths: Widths) -> dict[int, Packed]:
         """Packed matrices of some of the experts at one pair of widths (gate_up, down)."""
@@ -110,7 +112,7 @@ class ExpertRounder:
                     for expert in part
                 ]
             )
-            matrices = pack(self._quantize(weight, role, part, bits)).cpu().unflatten(0, (len(part), rows))
+            matrices = self._packed(weight, role, part, bits).cpu().unflatten(0, (len(part), rows))
             for expert, matrix in zip(part, matrices, strict=True):
                 for p, own in zip(names, matrix.split([p.out_features for p in names]), strict=True):
                     packed[expert][p.name] = own.clone()
@@ -172,18 +174,31 @@ class ExpertRounder:
         b = fit_left(weight, rounded, root)
         return pack(first), pack(gptq(b[None], factor, bits, self._grid, self._refits, self._sweeps))
 
-    def _quantize(self, weight: Tensor, role: str, part: list[int], bits: int) -> Quantized:
+    def _packed(self, weight: Tensor, role: str, part: list[int], bits: int) -> Tensor:
+        """The bytes of matrices [B, out, in], [B * out, ..]."""
         if role in self._factors:
             factor = self._factors[role].take([self._which.index(expert) for expert in part])
-            return gptq(weight, factor, bits, self._grid, self._refits, self._sweeps)
+            if in_blocks(self._config, weight.shape[-1], bits):
+                return quantize_blocks(weight, factor, bits, self._refits, self._sweeps)
+            return pack(gptq(weight, factor, bits, self._grid, self._refits, self._sweeps))
         size = group_size_for(weight.shape[-1], self._config.group_size)
-        return quantize(weight.flatten(0, 1), bits, size, self._grid)
+        return pack(quantize(weight.flatten(0, 1), bits, size, self._grid))
+
+
+def in_blocks(config: MCMoEConfig, in_features: int, bits: int) -> bool:
+    """Whether matrices are quantized on the grids of llama.cpp's blocks (`quantization.k_quants`)."""
+    return config.blocks and bits in BYTES and in_features % BLOCK == 0
+
+
+def dense_of(packed: Tensor, bits: int, in_features: int) -> Tensor:
+    """The matrix [out, in] float32 that packed bytes stand for; rows of blocks have two dimensions."""
+    return unpack_blocks(packed, bits) if packed.dim() == 2 else dequantize(packed, bits, in_features)
 
 
 def rebuilt(packed: Mapping[str, Tensor], projection: Projection, bits: int, rank_bits: int) -> Tensor:
     """The matrix [out, in] float32 that one expert's packed one and its factors stand for."""
     name, columns = projection.name, projection.in_features
-    dense = dequantize(packed[name], bits, columns) if name in packed else None
+    dense = dense_of(packed[name], bits, columns) if name in packed else None
     if f"{name}.{FACTORS[0]}" in packed:
         a = dequantize(packed[f"{name}.{FACTORS[0]}"], rank_bits, columns)
         product = dequantize(packed[f"{name}.{FACTORS[1]}"], rank_bits, len(a)) @ a
@@ -197,8 +212,9 @@ def grid_of(config: MCMoEConfig) -> Grid:
     return Grid(config.fit, config.symmetric, config.integer_zeros)
 
 
-def _factor(hessian: Tensor, config: MCMoEConfig, name: str) -> Factor:
-    size = group_size_for(hessian.shape[-1], config.group_size)
+def _factor(hessian: Tensor, config: MCMoEConfig, name: str, bits: int = 0) -> Factor:
+    columns = hessian.shape[-1]
+    size = GROUP if in_blocks(config, columns, bits) else group_size_for(columns, config.group_size)
     return Factor.of(hessian, size, damping=config.damping, act_order=config.act_order, name=name)
 
 

@@ -30,7 +30,7 @@ def descend(
     diagonal: Tensor,
     groups: Sequence[slice],
     bits: int,
-    grid: Grid,
+    grids: Sequence[Grid],
     sweeps: int,
 ) -> None:
     """Lower the error of rounded matrices; residuals, codes and grids are changed in place.
@@ -44,7 +44,7 @@ def descend(
         diagonal: [B, in] float32, D.
         groups: columns of every group, in the order of `scale`.
         bits: code width.
-        grid: which zeros are allowed.
+        grids: which zeros, or grids, are allowed, by group.
         sweeps: rounds over the groups.
     """
     for _ in range(sweeps):
@@ -53,7 +53,7 @@ def descend(
             weighted = rows * diagonal[:, None, group.start :]
             metric = weighted @ rows.transpose(1, 2)
             gradient = weighted @ residuals[:, group.start :]
-            change = _improve(codes[:, group], gradient, scale[g], zero[g], metric, bits, grid)
+            change = _improve(codes[:, group], gradient, scale[g], zero[g], metric, bits, grids[g])
             residuals[:, group.start :].baddbmm_(rows.transpose(1, 2), change)
 
 
@@ -115,5 +115,5 @@ def refit(
     sound &= new > 0
     new = torch.where(sound, new, scale)
     if fixed:
-        return new, zero
-    return new, torch.where(sound, to_fp16(b / new), zero)
+        return grid.settle(new, zero)
+    return grid.settle(new, torch.where(sound, to_fp16(b / new), zero))

@@ -181,12 +181,14 @@ def _round_rows(
     work = work.contiguous() if factor.order is None else _take(work, factor.order)
     codes = torch.empty_like(work)
     scale, zero = (work.new_empty(len(groups), batch, rows) for _ in range(2))
+    grid = grid.fitted(weight)
+    grids = [grid.of_group(place) for place in _places(factor, batch, len(groups))]
     residuals = torch.empty_like(work) if sweeps else None  # V^T times the errors
     for g, columns_of in enumerate(groups):
         group = _Group(factor, columns_of.start, columns_of.stop)
         fed = group.fed(work)
         target = group.target(work, fed)
-        codes[:, columns_of], error, scale[g], zero[g] = _round_group(target, group, bits, grid, refits)
+        codes[:, columns_of], error, scale[g], zero[g] = _round_group(target, group, bits, grids[g], refits)
         # errors are those of the original weights: target - error is what was stored
         work[:, columns_of] -= target.sub_(error)
         if residuals is not None:
@@ -194,7 +196,7 @@ def _round_rows(
             residuals[:, columns_of] = own if fed is None else own.add_(fed)
     del work
     if residuals is not None:
-        descend(residuals, codes, scale, zero, factor.unit, factor.diagonal, groups, bits, grid, sweeps)
+        descend(residuals, codes, scale, zero, factor.unit, factor.diagonal, groups, bits, grids, sweeps)
     del residuals
     scale, zero = scale.permute(1, 2, 0), zero.permute(1, 2, 0)
     if factor.order is None:
@@ -205,6 +207,13 @@ def _round_rows(
     stored = torch.empty(batch, rows, columns, dtype=torch.uint8, device=codes.device)
     stored.scatter_(2, order, codes.transpose(1, 2).to(torch.uint8))
     return stored, torch.empty_like(scale).scatter_(2, place, scale), torch.empty_like(zero).scatter_(2, place, zero)
+
+
+def _places(factor: Factor, batch: int, groups: int) -> Tensor:
+    """[n, B], the places in their rows of the groups in the order of rounding."""
+    if factor.order is None:
+        return torch.arange(groups, device=factor.unit.device)[:, None].expand(-1, batch)
+    return (factor.order[:, :: factor.group_size] // factor.group_size).T
 
 
 def _take(work: Tensor, order: Tensor) -> Tensor:

@@ -47,6 +47,20 @@ class Grid:
         if self.fit == "hqq" and (self.symmetric or self.integer_zeros):
             raise ValueError("fit='hqq' solves for a free zero; leave symmetric and integer_zeros out.")
 
+    # grids of other formats are settled in blocks of groups (`k_quants`)
+
+    def fitted(self, weight: Tensor) -> Grid:
+        """The grid for matrices [B, out, in], once for all groups."""
+        return self
+
+    def of_group(self, place: Tensor) -> Grid:
+        """The grid of one group of each matrix, which has the place [B] in its row."""
+        return self
+
+    def settle(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale and zero [..] that are stored for given ones, which hold fp16 values."""
+        return scale, zero
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -167,7 +181,7 @@ def candidates(low: Tensor, high: Tensor, bits: int, grid: Grid) -> list[tuple[T
         high = torch.maximum(-low, high)
         low = -high
     clips = CLIPS if grid.fit == "search" else (1.0,)
-    return [_range(low * clip, high * clip, bits, grid) for clip in clips]
+    return [grid.settle(*_range(low * clip, high * clip, bits, grid)) for clip in clips]
 
 
 def best(length: Tensor, grids: Sequence[tuple[Tensor, Tensor]], distances: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

@@ -3,13 +3,15 @@
 
 4-bit matrices become Q4_1, or Q4_0 where zeros are the middle code, and 8-bit ones Q8_0: their codes and scales stay what they
 are, to the bit. Q4_1 has an offset for a zero, scale times zero in fp16, which moves a weight by less than a hundredth of a
-step. Blocks have 32 weights there, so that scales are repeated.
+step. Blocks have 32 weights there, so that scales are repeated. Experts of 2 and 3 bits are quantized anew as Q2_K and Q3_K, from
+the dense model (`requantized`).
 """
 
 from __future__ import annotations
 
 import logging
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transformers_mcmoe.integrations.exports.requantized import requantized
 from transformers_mcmoe.integrations.exports.stored import Matrix, Stored
 from transformers_mcmoe.quantization import Quantized
+from transformers_mcmoe.quantization.k_quants import BLOCK as SUPER
+from transformers_mcmoe.quantization.k_quants import BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +40,10 @@ def export(
     name: str,
     output: Path,
     split: str | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    dense: str | None = None,
+    dataset: Any = None,
+    progress: Callable[[Any], None] | None = None,
 ) -> None:
     """Write a packed checkpoint as one GGUF file.
 
@@ -44,7 +52,9 @@ def export(
         output: the file; it takes its name when all is written.
         split: llama.cpp's name of how the tokenizer splits text ("pre"), where it is of byte pairs; default by the model's
             type, else "default".
-        progress: called with the tensors that are done, and their number.
+        dense: the model that it was made from, where experts have 2 or 3 bits.
+        dataset: calibration data for these, as `MCMoEConfig` takes them.
+        progress: of that, as `MCMoEConfig` takes it.
 
     Raises:
         ValueError: the checkpoint is not packed, or has what llama.cpp's formats or this export do not.
@@ -53,12 +63,21 @@ def export(
     import gguf
 
     stored = Stored(name)
-    architecture = _check(stored)
+    architecture = _check(stored, dense, dataset)
     if output.exists():
         raise ValueError(f"'{output}' exists; give a new file.")
     entries = list(_entries(stored, gguf, architecture))
     partial = output.with_name(f".{output.name}.partial")
-    writer = gguf.GGUFWriter(partial, architecture)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as work:
+        if any(matrix.bits in BYTES for matrix in stored.matrices.values()):
+            assert dense is not None
+            stored.rounded = requantized(stored, dense, dataset, Path(work), progress)
+        _write(stored, gguf, gguf.GGUFWriter(partial, architecture), entries, split)
+    partial.replace(output)
+
+
+def _write(stored: Stored, gguf: Any, writer: Any, entries: list[_Entry], split: str | None) -> None:
+    """Write the file; what was written is removed if that fails."""
     try:
         _describe(stored, gguf, writer, split)
         for entry in entries:
@@ -66,16 +85,15 @@ def export(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for n, entry in enumerate(entries):
+        for entry in entries:
             writer.write_tensor_data(entry.data())
-            progress(n + 1, len(entries))
         writer.close()
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    except BaseException:
+        Path(writer.path).unlink(missing_ok=True)
+        raise
 
 
-def _check(stored: Stored) -> str:
+def _check(stored: Stored, dense: str | None, dataset: Any) -> str:
     """The architecture; raises ValueError for what cannot be exported, before anything is written."""
     kind = stored.config.model_type
     if kind not in ARCHITECTURES:
@@ -86,10 +104,21 @@ def _check(stored: Stored) -> str:
             f"llama.cpp has no {kind} with norm_topk_prob={normalized}; this model cannot be exported to GGUF."
         )
     for matrix in stored.matrices.values():
-        if matrix.bits not in (4, 8):
+        if matrix.bits in BYTES and matrix.expert is not None:
+            if matrix.in_features % SUPER:
+                raise ValueError(
+                    f"'{matrix.key}' has {matrix.bits} bits and {matrix.in_features} columns, but Q2_K and Q3_K have blocks of {SUPER}; "
+                    "compress with expert_bits=(4,)."
+                )
+            if dense is None or dataset is None:
+                raise ValueError(
+                    f"'{matrix.key}' has {matrix.bits} bits, whose codes have no place in Q2_K and Q3_K: they are quantized anew on those "
+                    "grids, which takes the dense model and calibration data; give --dense and --dataset."
+                )
+        elif matrix.bits not in (4, 8):
             raise ValueError(
-                f"'{matrix.key}' has {matrix.bits} bits, but codes of 4 and 8 bits alone have a place in GGUF; compress with "
-                "expert_bits=(4,) and granularity='layer'."
+                f"'{matrix.key}' has {matrix.bits} bits, but in GGUF experts have 2, 3, 4 or 8 bits, and other matrices 4 or 8; compress "
+                "with expert_bits=(2, 3, 4) and 4 for attention_bits and shared_expert_bits."
             )
         if matrix.bits == 8 and not stored.quantization.symmetric:
             raise ValueError(
@@ -158,6 +187,16 @@ def _packed(stored: Stored, matrices: list[Matrix], name: str, order: Tensor | N
     """One packed matrix, or those of all experts."""
     first = matrices[0]
     symmetric = stored.quantization.symmetric
+    if first.bits in BYTES:
+        kind = {2: kinds.Q2_K, 3: kinds.Q3_K}[first.bits]
+        size = first.in_features // SUPER * BYTES[first.bits]
+        return _Entry(
+            name,
+            (len(matrices), first.out_features, size),
+            np.uint8,
+            kind,
+            lambda: torch.stack([stored.tensor(m.key) for m in matrices]).numpy(),
+        )
     kind = kinds.Q8_0 if first.bits == 8 else kinds.Q4_0 if symmetric else kinds.Q4_1
     make = q8_0 if first.bits == 8 else q4_0 if symmetric else q4_1
     row = first.in_features // BLOCK * {kinds.Q8_0: 34, kinds.Q4_0: 18, kinds.Q4_1: 20}[kind]

@@ -87,6 +87,8 @@ class Stored:
         replace_modules(model, structure, self.plan, self.quantization.group_size)
         check_tensors(model, structure, self.files)
         self.matrices = dict(self._found(model, structure.names))
+        # matrices that were quantized anew, which go before those that are stored
+        self.rounded: Checkpoint | None = None
 
     def _found(self, model: Any, names: CheckpointNames) -> Iterator[tuple[str, Matrix]]:
         state = model.state_dict()
@@ -113,7 +115,8 @@ class Stored:
 
     def tensor(self, key: str) -> Tensor:
         """A tensor as it is stored."""
-        return self.checkpoint.slices[key][:]  # type: ignore[no-any-return]
+        source = self.checkpoint if self.rounded is None or key not in self.matrices else self.rounded
+        return source.slices[key][:]  # type: ignore[no-any-return]
 
 
 def _plain(config: Any) -> Any:
