@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from transformers_mcmoe.progress import duration, size
+from transformers_mcmoe.progress import size
 
 RESULTS = Path(__file__).parent / "results" / "compress.jsonl"
 WORDS = 1000
@@ -149,16 +149,19 @@ def write_docs() -> None:
             f"{layers} random layer{'s' * (layers > 1)} of {shape}'s widths ({own[0]['weights'] / 1e9:.2f} B quantized weights), bfloat16; {own[0]['processor']}, "
             f"{own[0]['cpus']} cores, {own[0]['date']}.",
             "",
-            "| | tokens | seconds | per billion weights | by stage | memory |",
-            "|---|---|---|---|---|---|",
+            "| | tokens | seconds | per billion weights | of GPTQModel's | by stage | memory |",
+            "|---|---|---|---|---|---|---|",
         ]
+        peers = {row["calibration_tokens"]: row["seconds"] for row in own if row["row"] == "peer"}
         for row in own:
             stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in row["seconds_by_stage"].items())
             memory = size(row["memory"]) if "memory" in row else ""
             name = row["row"] if row["tool"] == "transformers_mcmoe" else row["tool"]
             each = row["seconds"] / row["weights"] * 1e9
+            rival = peers.get(row["calibration_tokens"])
+            ratio = "" if rival is None else f"{row['seconds'] / rival:.2f}"
             lines.append(
-                f"| {name} | {row['calibration_tokens']:,} | {duration(row['seconds'])} | {each:.0f} s | {stages} | {memory} |"
+                f"| {name} | {row['calibration_tokens']:,} | {row['seconds']:,.0f} | {each:,.0f} s | {ratio} | {stages} | {memory} |"
             )
         lines += ["", *_parts(own)]
     replace_part("scale.md", "compress", lines[:-1])
