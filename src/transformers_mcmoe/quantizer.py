@@ -35,7 +35,7 @@ from transformers_mcmoe.kernels import gpu
 from transformers_mcmoe.models.experts import Experts, FusedExperts, ListExperts
 from transformers_mcmoe.models.names import packed_conversions
 from transformers_mcmoe.models.routers import SlicedRouter
-from transformers_mcmoe.models.structure import Structure
+from transformers_mcmoe.models.structure import Structure, model_class
 from transformers_mcmoe.nn import PackedExperts, PackedLinear
 from transformers_mcmoe.nn.checks import check_grids, check_tensors
 from transformers_mcmoe.pipeline import Compressed, compress, unread_patterns
@@ -321,6 +321,32 @@ def replace_modules(model: Any, structure: Structure, plan: Plan, group_size: in
                         _pack_linear(model, name, widths.of_role(p.role)[expert], group_size, factors)
         for path, bits in plan.linears.items():
             _pack_linear(model, path, bits, group_size)
+
+
+def packed_model(config: Any, quantization: MCMoEConfig) -> tuple[Any, Structure, Plan]:
+    """A packed model on meta with what is known of it, from its config alone; its plan has the model's own paths.
+
+    Raises:
+        ValueError: the plan is missing or does not fit the model.
+    """
+    if quantization.plan is None:
+        raise ValueError("The checkpoint's quantization_config has no plan; it was not written by this package.")
+    plain = type(config).from_dict(config.to_dict())
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    built = model_class(config)
+    with torch.device("meta"):
+        model = built._from_config(plain) if hasattr(built, "_from_config") else built.from_config(plain)
+    structure = Structure(model)
+    plan = quantization.plan.under(structure.experts, model.base_model_prefix)
+    structure.experts = {path: experts for path, experts in structure.experts.items() if path in plan.experts}
+    structure.check(plan)
+    structure.follow(plan)
+    replace_modules(model, structure, plan, quantization.group_size)
+    otp = quantization.otp
+    if isinstance(otp, OTPConfig) and otp.trained:
+        add_routers(model, otp)
+    return model, structure, plan
 
 
 def asked_pruning(config: MCMoEConfig) -> tuple[ODPConfig | None, OTPConfig | None]:

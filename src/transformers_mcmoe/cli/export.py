@@ -53,7 +53,8 @@ def export(
             with progress() as shown:
                 gguf.export(model, output, pre, dense=dense, dataset=dataset, progress=shown)
         else:
-            compressed.export(model, output)
+            with progress() as shown:
+                compressed.export(model, output, shown)
     except ImportError as error:
         raise Refused(f"{error}; pip install transformers-mcmoe[export].") from error
     say(f"Wrote {output}.")

@@ -57,6 +57,26 @@ def check_tensors(model: Any, structure: Structure, files: list[str]) -> None:
         raise ValueError(f"The tensor '{unknown[0]}' is not part of the plan; the checkpoint is damaged or newer.")
 
 
+def check_complete(model: Any, structure: Structure, files: list[str]) -> None:
+    """Compare the headers of a checkpoint with what of the model is not packed: engines other than transformers do not.
+
+    Raises:
+        ValueError: a tensor of the model is in no file; names it.
+    """
+    state = model.state_dict()
+    found: set[str] = set()
+    for key in Checkpoint(files).slices:
+        found |= {structure.names.packed_name(key, state), structure.names.target(key)[0]}
+    tied = getattr(model, "_tied_weights_keys", None) or {}
+    shared = {*tied} if model.config.get_text_config().tie_word_embeddings else set()
+    ignored = model._keys_to_ignore_on_load_missing or ()
+    for name in state:
+        if name not in found and name not in shared and not any(_matches(pattern, name) for pattern in ignored):
+            raise ValueError(
+                f"The checkpoint lacks the tensor '{structure.names.published(name)}'; it is damaged or was renamed."
+            )
+
+
 def _matches(pattern: str, name: str) -> bool:
     return re.search(pattern, name) is not None
 

@@ -47,6 +47,7 @@ class ThresholdPruning(LayerPruning):
     ) -> None:
         super().__init__(name, renormalize, call, expert_bytes, skip)
         self.odp, self.levels, self._importance = odp, list(levels), importance
+        self._thresholds = torch.tensor([0.0, *levels])
         self._kind: bool | None = None  # whether the experts are given tokens of images, if of one kind alone
         self._random = torch.Generator().manual_seed(odp.seed + zlib.crc32(name.encode()))
 
@@ -74,7 +75,7 @@ class ThresholdPruning(LayerPruning):
         if min(self.levels) == max(self.levels):  # of any order: no sorting
             return weights < self.levels[0] * weights.amax(-1, keepdim=True)
         _, _, ratios, order = sort_slots(index, weights)
-        levels = torch.tensor([0.0, *self.levels], device=weights.device)
+        levels = self._thresholds.to(weights.device)
         return torch.zeros_like(index, dtype=torch.bool).scatter(-1, order, ratios < levels)
 
     def _compared(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:

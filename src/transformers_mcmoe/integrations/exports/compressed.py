@@ -7,30 +7,37 @@ Codes and scales stay what they are, to the bit; zeros must be whole numbers, as
 from __future__ import annotations
 
 import json
+import logging
 import re
-import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import GenerationConfig
 
-from transformers_mcmoe.integrations.exports.stored import Matrix, Stored, written_whole
+from transformers_mcmoe.integrations.exports.stored import Matrix, Stored, check_symmetric, written_whole
+from transformers_mcmoe.integrations.hub import copy_tokenizer
+from transformers_mcmoe.progress import Meter, Progress
 from transformers_mcmoe.quantization.grid import group_size_for
 
-# what of a packed model's folder does not go with an export
-LEFT = ("mcmoe_report.json", "README.md", "model.safetensors.index.json")
+logger = logging.getLogger(__name__)
+
+# matrices that engines join, by what they then call them
+JOINT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up",
+         "q_a_proj": "qkv_a", "kv_a_proj_with_mqa": "qkv_a"}  # fmt: skip
 
 
-def export(name: str, output: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+def export(name: str, output: Path, progress: Callable[[Progress], None] | None = None) -> None:
     """Write a packed checkpoint as compressed-tensors.
 
     Args:
         name: folder or Hub id of the packed checkpoint.
         output: new folder.
-        progress: called with the matrices that are done, and their number.
+        progress: as `MCMoEConfig` takes it.
 
     Raises:
         ValueError: the checkpoint is not packed, or has what the format does not.
@@ -38,28 +45,30 @@ def export(name: str, output: Path, progress: Callable[[int, int], None] = lambd
     """
     stored = Stored(name)
     _check(stored)
+    meter = Meter(progress)
+    meter.start("export", len(stored.matrices), "matrix")
     with written_whole(output) as folder:
         index: dict[str, str] = {}
-        done = 0
         for file in stored.files:
-            own = Stored.keys_of(file)
             tensors: dict[str, Tensor] = {}
-            for key in own:
-                matrix = stored.matrices.get(key)
-                if matrix is None:
+            for key in stored.keys_of(file):
+                if key in stored.matrices:
+                    tensors |= _converted(stored, stored.matrices[key])
+                    meter.layer_done()
+                else:
                     tensors[key] = stored.tensor(key)
-                    continue
-                tensors |= _converted(stored, matrix)
-                done += 1
-                progress(done, len(stored.matrices))
             save_file(tensors, folder / Path(file).name, metadata={"format": "pt"})
             index |= dict.fromkeys(tensors, Path(file).name)
         if len(stored.files) > 1:
             text = json.dumps({"metadata": {}, "weight_map": index}, indent=1)
             (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-        _copy_rest(Path(stored.files[0]).parent, folder)
+        if not copy_tokenizer(name, folder):
+            logger.warning("No tokenizer goes with the export: '%s' has none.", name)
+        with suppress(OSError):
+            GenerationConfig.from_pretrained(name).save_pretrained(folder)
         config = stored.config.to_dict() | {"quantization_config": _quantization(stored)}
         (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    meter.close()
 
 
 def _check(stored: Stored) -> None:
@@ -68,13 +77,17 @@ def _check(stored: Stored) -> None:
     for matrix in stored.matrices.values():
         scheme = _scheme(stored, matrix)
         group = scheme[1]
+        if matrix.bits == 1:
+            raise ValueError(
+                f"'{matrix.key}' has 1 bit, whose two values lie around zero; compressed-tensors has no such grid: use 2 bits or more."
+            )
         if matrix.in_features % group:
             raise ValueError(
                 f"'{matrix.key}' has {matrix.in_features} columns, no multiple of its group size {group}; compressed-tensors has no "
                 "padded groups: choose a group_size that divides it."
             )
         owner, _, leaf = matrix.path.rpartition(".")
-        kinds = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+        kinds = JOINT
         place = f"{owner}.{kinds.get(leaf, leaf)}" if matrix.expert is None else f"{matrix.layer}.experts"
         joint.setdefault(place, {})[scheme] = matrix.key
     for schemes in joint.values():
@@ -103,6 +116,8 @@ def _converted(stored: Stored, matrix: Matrix) -> dict[str, Tensor]:
             "symmetric=True."
         )
     middle = 2 ** (matrix.bits - 1)  # its codes are signed
+    if stored.quantization.symmetric:
+        check_symmetric(matrix, quantized)
     codes = (quantized.codes.flatten(1).to(torch.int16) - middle).to(torch.int8)
     stem = matrix.key.removesuffix(".weight")
     found = {
@@ -165,14 +180,3 @@ def _targets(matrices: Iterable[Matrix]) -> list[str]:
 
 def _either(numbers: Iterable[int]) -> str:
     return "(" + "|".join(map(str, sorted(numbers))) + ")"
-
-
-def _copy_rest(source: Path, folder: Path) -> None:
-    """Tokenizer, chat template and generation config."""
-    for file in source.iterdir():
-        if (
-            file.suffix in (".json", ".jinja", ".model", ".txt")
-            and file.name not in LEFT
-            and not (folder / file.name).exists()
-        ):
-            shutil.copy(file, folder / file.name)

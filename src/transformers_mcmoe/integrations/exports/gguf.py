@@ -9,6 +9,7 @@ the dense model (`requantized`).
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import tempfile
@@ -21,7 +22,9 @@ import torch
 from torch import Tensor
 
 from transformers_mcmoe.integrations.exports.requantized import requantized
-from transformers_mcmoe.integrations.exports.stored import Matrix, Stored
+from transformers_mcmoe.integrations.exports.stored import Matrix, Stored, check_symmetric
+from transformers_mcmoe.integrations.hub import copy_tokenizer
+from transformers_mcmoe.progress import Meter
 from transformers_mcmoe.quantization import Quantized
 from transformers_mcmoe.quantization.k_quants import BLOCK as SUPER
 from transformers_mcmoe.quantization.k_quants import BYTES
@@ -62,24 +65,28 @@ def export(
     """
     import gguf
 
-    stored = Stored(name)
-    architecture = _check(stored, dense, dataset)
+    output.parent.mkdir(parents=True, exist_ok=True)
     if output.exists():
         raise ValueError(f"'{output}' exists; give a new file.")
-    entries = list(_entries(stored, gguf, architecture))
+    stored = Stored(name)
+    architecture = _check(stored, dense, dataset)
     partial = output.with_name(f".{output.name}.partial")
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as work:
+        writer = gguf.GGUFWriter(partial, architecture)
+        _describe(stored, gguf, writer)
+        _tokenizer(stored, gguf, writer, split or SPLITS.get(stored.config.model_type, "default"), Path(work))
+        entries = list(_entries(stored, gguf, architecture))
         if any(matrix.bits in BYTES for matrix in stored.matrices.values()):
             assert dense is not None
             stored.rounded = requantized(stored, dense, dataset, Path(work), progress)
-        _write(stored, gguf, gguf.GGUFWriter(partial, architecture), entries, split)
+        _write(writer, entries, Meter(progress))
     partial.replace(output)
 
 
-def _write(stored: Stored, gguf: Any, writer: Any, entries: list[_Entry], split: str | None) -> None:
+def _write(writer: Any, entries: list[_Entry], meter: Meter) -> None:
     """Write the file; what was written is removed if that fails."""
+    meter.start("export", len(entries), "tensor")
     try:
-        _describe(stored, gguf, writer, split)
         for entry in entries:
             writer.add_tensor_info(entry.name, entry.shape, entry.dtype, entry.size, raw_dtype=entry.kind)
         writer.write_header_to_file()
@@ -87,10 +94,13 @@ def _write(stored: Stored, gguf: Any, writer: Any, entries: list[_Entry], split:
         writer.write_ti_data_to_file()
         for entry in entries:
             writer.write_tensor_data(entry.data())
+            meter.layer_done()
         writer.close()
     except BaseException:
         Path(writer.path).unlink(missing_ok=True)
         raise
+    finally:
+        meter.close()
 
 
 def _check(stored: Stored, dense: str | None, dataset: Any) -> str:
@@ -102,6 +112,11 @@ def _check(stored: Stored, dense: str | None, dataset: Any) -> str:
     if normalized != (kind != "qwen2_moe"):
         raise ValueError(
             f"llama.cpp has no {kind} with norm_topk_prob={normalized}; this model cannot be exported to GGUF."
+        )
+    _theta(stored.config)
+    if getattr(stored.config, "mlp_only_layers", None) or getattr(stored.config, "decoder_sparse_step", 1) != 1:
+        raise ValueError(
+            f"Some layers of '{stored.name}' have no experts, but llama.cpp's {ARCHITECTURES[kind]} has them in all."
         )
     for matrix in stored.matrices.values():
         if matrix.bits in BYTES and matrix.expert is not None:
@@ -120,6 +135,8 @@ def _check(stored: Stored, dense: str | None, dataset: Any) -> str:
                 f"'{matrix.key}' has {matrix.bits} bits, but in GGUF experts have 2, 3, 4 or 8 bits, and other matrices 4 or 8; compress "
                 "with expert_bits=(2, 3, 4) and 4 for attention_bits and shared_expert_bits."
             )
+        if stored.quantization.symmetric and matrix.bits in (4, 8):
+            check_symmetric(matrix, stored.quantized(matrix))
         if matrix.bits == 8 and not stored.quantization.symmetric:
             raise ValueError(
                 f"'{matrix.key}' has 8 bits and zeros, but Q8_0 has none; compress with symmetric=True, or with 4 bits."
@@ -160,6 +177,12 @@ def _entries(stored: Stored, gguf: Any, architecture: str) -> Iterator[_Entry]:
             yield _dense(stored, key, name, order, kinds)
         else:
             yield _packed(stored, [matrix], name, order, kinds)
+    if (
+        "output" not in {names.get_name(key.rpartition(".")[0]) for key in stored.checkpoint.slices}
+        and architecture == "qwen2moe"
+    ):
+        embedding = next(key for key in stored.checkpoint.slices if key.endswith("embed_tokens.weight"))
+        yield _dense(stored, embedding, "output.weight", None, kinds)  # tied, which llama.cpp's does not know
     for name, own in experts.items():
         yield _packed(stored, sorted(own, key=lambda m: m.expert or 0), name, None, kinds)
 
@@ -260,8 +283,8 @@ def q8_0(quantized: Quantized) -> Tensor:
     return torch.cat([_half(scale), codes ^ 128], dim=-1).flatten(1)  # q - 128 in two's complement
 
 
-def _describe(stored: Stored, gguf: Any, writer: Any, split: str | None) -> None:
-    """What llama.cpp wants to know of the model and its tokenizer."""
+def _describe(stored: Stored, gguf: Any, writer: Any) -> None:
+    """What llama.cpp wants to know of the model."""
     config = stored.config
     writer.add_name(Path(stored.name).name)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -284,7 +307,6 @@ def _describe(stored: Stored, gguf: Any, writer: Any, split: str | None) -> None
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if getattr(config, "shared_expert_intermediate_size", 0):
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
-    _tokenizer(stored, gguf, writer, split or SPLITS.get(config.model_type, "default"))
 
 
 def _theta(config: Any) -> float:
@@ -300,9 +322,13 @@ def _theta(config: Any) -> float:
     return float(rope.get("rope_theta", getattr(config, "rope_theta", 10000.0)))
 
 
-def _tokenizer(stored: Stored, gguf: Any, writer: Any, split: str) -> None:
+def _tokenizer(stored: Stored, gguf: Any, writer: Any, split: str, work: Path) -> None:
     """The tokenizer beside the weights: sentencepiece, byte pairs, or none that llama.cpp has."""
-    folder = Path(stored.files[0]).parent
+    folder = Path(stored.name)
+    if not folder.is_dir():
+        folder = work / "tokenizer"
+        folder.mkdir()
+        copy_tokenizer(stored.name, folder)
     kinds_of = [gguf.vocab.LlamaHfVocab, gguf.vocab.BpeVocab]
     if (folder / "tokenizer.model").is_file():
         kinds_of = [gguf.vocab.SentencePieceVocab]
@@ -311,8 +337,12 @@ def _tokenizer(stored: Stored, gguf: Any, writer: Any, split: str) -> None:
             found = vocabulary(folder)
         except (FileNotFoundError, TypeError):  # of another kind
             continue
+        except RuntimeError as error:
+            raise ImportError(str(error)) from error
         tokens, scores, kinds = (list(column) for column in zip(*found.all_tokens(), strict=True))
         pairs = isinstance(found, gguf.vocab.BpeVocab)
+        if (folder / "tokenizer.json").is_file():
+            _correct(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")), tokens, scores, kinds, gguf)
         writer.add_tokenizer_model("gpt2" if pairs else "llama")
         writer.add_tokenizer_pre(split)
         lacking = stored.config.vocab_size - len(tokens)
@@ -328,3 +358,20 @@ def _tokenizer(stored: Stored, gguf: Any, writer: Any, split: str) -> None:
         "llama.cpp has no tokenizer like that of '%s'; the file has none, and takes token ids alone.", stored.name
     )
     writer.add_tokenizer_model("no_vocab")
+
+
+def _correct(tokenizer: dict[str, Any], tokens: list[bytes], scores: list[float], kinds: list[Any], gguf: Any) -> None:
+    """What the gguf package leaves out of a tokenizer.json: which tokens are special, and in which order pairs are merged.
+
+    llama.cpp merges the pair whose token has the highest score, and the package gives all the same.
+    """
+    for added in tokenizer.get("added_tokens", ()):
+        if added["id"] < len(kinds):
+            kinds[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+    if len(set(scores)) > 1:  # sentencepiece's own
+        return
+    place = {token: n for n, token in enumerate(tokens)}
+    for rank, merge in enumerate(tokenizer["model"].get("merges", ())):
+        joined = "".join(merge.split(" ", 1) if isinstance(merge, str) else merge)
+        if (n := place.get(joined.encode())) is not None:
+            scores[n] = max(scores[n], -float(rank)) if scores[n] != -1000.0 else -float(rank)

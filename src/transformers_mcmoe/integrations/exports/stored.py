@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -19,13 +19,16 @@ from transformers_mcmoe.config import MCMoEConfig
 from transformers_mcmoe.models.experts import layer_of
 from transformers_mcmoe.models.names import CheckpointNames
 from transformers_mcmoe.models.stream import Checkpoint, checkpoint_files
-from transformers_mcmoe.models.structure import Structure, model_class
+from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.nn import PackedLinear
 from transformers_mcmoe.nn.checks import check_tensors
 from transformers_mcmoe.plan import Plan
 from transformers_mcmoe.quantization import Quantized
 from transformers_mcmoe.quantization.packing import unpack
-from transformers_mcmoe.quantizer import replace_modules
+from transformers_mcmoe.quantizer import packed_model
+from transformers_mcmoe.routing import ROUTER
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,20 @@ class Stored:
         self.quantization: MCMoEConfig = MCMoEConfig.from_dict(given)
         self.files = checkpoint_files(name)
         self.checkpoint = Checkpoint(self.files)
-        with torch.device("meta"):
-            model = model_class(self.config)._from_config(_plain(self.config))
-        structure = Structure(model)
-        assert self.quantization.plan is not None
-        self.plan = self.quantization.plan.under(structure.experts, model.base_model_prefix)
-        structure.check(self.plan)
+        routers = [key for key in self.checkpoint.slices if f".{ROUTER}." in key]
+        for key in routers:
+            del self.checkpoint.slices[key]
+        if routers or self.quantization.odp:
+            logger.warning(
+                "Expert pruning at run time has no place in other formats: the export of '%s' skips no expert.", name
+            )
+        text = self.config.get_text_config()
+        if text is not self.config:
+            raise ValueError(
+                f"'{name}' is a model of text and images, whose parts engines name in their own ways; it is not exported."
+            )
+        model, structure, self.plan = packed_model(self.config, self.quantization)
         _check(self.plan, structure)
-        structure.follow(self.plan)
-        replace_modules(model, structure, self.plan, self.quantization.group_size)
         check_tensors(model, structure, self.files)
         self.matrices = dict(self._found(model, structure.names))
         # matrices that were quantized anew, which go before those that are stored
@@ -104,10 +112,9 @@ class Stored:
             sizes = (module.bits, module.out_features, module.in_features)
             yield key, Matrix(key, path, layer_of(path)[1], expert, *sizes)
 
-    @staticmethod
-    def keys_of(file: str) -> list[str]:
+    def keys_of(self, file: str) -> list[str]:
         """Names of a file's tensors."""
-        return list(Checkpoint([file]).slices)
+        return [key for key in Checkpoint([file]).slices if key in self.checkpoint.slices]
 
     def quantized(self, matrix: Matrix) -> Quantized:
         """Codes and grids of a matrix."""
@@ -117,14 +124,6 @@ class Stored:
         """A tensor as it is stored."""
         source = self.checkpoint if self.rounded is None or key not in self.matrices else self.rounded
         return source.slices[key][:]  # type: ignore[no-any-return]
-
-
-def _plain(config: Any) -> Any:
-    """The config without what says that the model is packed."""
-    plain = type(config).from_dict(config.to_dict())
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config
-    return plain
 
 
 def _check(plan: Plan, structure: Structure) -> None:
@@ -144,6 +143,15 @@ def _check(plan: Plan, structure: Structure) -> None:
             raise ValueError(
                 f"The dense checkpoint has the experts of '{path}' fused; exporting such families is not supported."
             )
+
+
+def check_symmetric(matrix: Matrix, quantized: Quantized) -> None:
+    """Raise ValueError if a matrix has other zeros than the middle code, which its format has no place for."""
+    if not bool(((quantized.zero == 2 ** (matrix.bits - 1)) | (quantized.scale == 0)).all()):
+        raise ValueError(
+            f"'{matrix.key}' has zeros, although the model was compressed with symmetric=True: an adapter was merged into it; "
+            "export the model as it was before."
+        )
 
 
 @contextmanager

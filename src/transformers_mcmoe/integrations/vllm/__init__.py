@@ -15,7 +15,7 @@ from transformers_mcmoe.config import QUANT_METHOD
 logger = logging.getLogger(__name__)
 
 # releases whose interfaces the plugin was written for: the first that it knows, and the first that it does not
-SUPPORTED = ("0.32", "0.34")
+SUPPORTED = ("0.32", "0.33")
 
 
 def register() -> None:

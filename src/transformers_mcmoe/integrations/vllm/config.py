@@ -7,14 +7,17 @@ be what transformers calls them: a linear layer is found by its place behind the
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
 import torch
 from packaging.version import Version
+from transformers import AutoConfig
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.version import __version__
 
 from transformers_mcmoe.config import QUANT_METHOD, MCMoEConfig
@@ -24,9 +27,17 @@ from transformers_mcmoe.integrations.vllm.linear import PackedLinearMethod
 from transformers_mcmoe.integrations.vllm.pruning import Pruning
 from transformers_mcmoe.kernels import gpu
 from transformers_mcmoe.models.experts import layer_of
+from transformers_mcmoe.models.stream import checkpoint_files
+from transformers_mcmoe.nn.checks import check_complete, check_tensors
 from transformers_mcmoe.plan import Plan
+from transformers_mcmoe.quantizer import packed_model
+from transformers_mcmoe.routing import ROUTER
+
+logger = logging.getLogger(__name__)
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
+# parts of multimodal models that are never packed, though their layers are numbered too
+_OTHER = re.compile(r"(?:^|\.)(?:visual|vision\w*|audio\w*|embed_vision|embed_audio)\.")
 
 
 class PackedConfig(QuantizationConfig):
@@ -80,8 +91,30 @@ class PackedConfig(QuantizationConfig):
         return cls(MCMoEConfig.from_dict(config))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Learn which checkpoint it is; called before the model is built."""
+        """Learn which checkpoint it is, and look at its tensors' names and shapes; called before the model is built.
+
+        Raises:
+            ValueError: a tensor is missing, misnamed, or has another shape, packed or not; vLLM itself does not ask.
+        """
         self.pruning.source = (model_name, revision)
+        try:
+            config = AutoConfig.from_pretrained(model_name, revision=revision)
+            model, structure, _ = packed_model(config, self.config)
+        except (
+            ValueError,
+            KeyError,
+            ImportError,
+        ) as error:  # code of the model's own, or newer than this transformers
+            logger.warning("'%s' cannot be built in transformers to check its tensors (%s).", model_name, error)
+            return
+        files = checkpoint_files(model_name, revision)
+        check_tensors(model, structure, files)
+        check_complete(model, structure, files)
+
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> WeightsMapper:
+        """What of the checkpoint vLLM's loaders pass over: routers of learned pruning, which `pruning` reads."""
+        return WeightsMapper(orig_to_new_suffix=dict.fromkeys((".g_idx", f".{ROUTER}.hidden", f".{ROUTER}.scores")))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How a layer is loaded and run; None for embeddings and the head.
@@ -98,7 +131,7 @@ class PackedConfig(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             return None
         names = self.parts(prefix)
-        widths = [self._linears.get(_place(name)) for name in names]
+        widths = [None if _OTHER.search(name) else self._linears.get(_place(name)) for name in names]
         known = [bits for bits in widths if bits is not None]
         if not known:
             return UnquantizedLinearMethod()

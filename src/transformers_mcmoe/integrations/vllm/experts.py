@@ -45,6 +45,11 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         self._prefix, self._widths, self._group_size, self._rule = prefix, widths, group_size, rule
         self._activation = _activation(layer, prefix)
         self._gated = bool(layer.moe_config.is_act_and_mul)
+        if self.is_monolithic and layer.custom_routing_function is not None:
+            raise ValueError(
+                f"'{prefix}' has dropped experts and a routing function of its model's own, which may know their number; the vLLM plugin "
+                "does not serve it: use transformers (mcmoe serve), or compress without prune."
+            )
         self._router: Any = None
         if len(widths.gate_up) != layer.moe_config.num_experts:
             raise ValueError(
@@ -145,6 +150,8 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         device = gpu.backend(weight.device)
         on_cpu = device is None and weight.device.type == "cpu" and cpu.library() is not None
         layer.mcmoe_matrices, layer.mcmoe_blocks = [], None
+        if not self._local:
+            return
         if on_cpu:
             layer.mcmoe_blocks = arena.pack_experts(matrices, layer.mcmoe_layout, size)
         elif device is not None:
@@ -203,6 +210,8 @@ class PackedExpertsMethod(FusedMoEMethodBase):
     def _run(self, layer: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         if self._rule is not None:
             ids, weights = self._rule(x, ids, weights)
+        if not self._local:  # all of the rank's experts were dropped
+            return torch.zeros_like(x)
         if layer.expert_map is not None:
             # skipped slots stay skipped: -1, as the experts of other ranks
             local = layer.expert_map[ids.clamp(0, len(self._widths.gate_up) - 1)].long()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.layers.linear import LinearMethodBase, ReplicatedLinear
 from vllm.model_executor.utils import set_weight_attrs
 
 from transformers_mcmoe.integrations.vllm.loading import Packed, Part, check_grids
@@ -50,7 +50,8 @@ class PackedLinearMethod(LinearMethodBase):
                 f"vLLM's layer of {self._names} has {len(output_partition_sizes)} parts, the checkpoint {len(self._names)}; this "
                 "model is not served."
             )
-        rank, size = getattr(layer, "tp_rank", 0), getattr(layer, "tp_size", 1)
+        whole_rows = isinstance(layer, ReplicatedLinear)  # every rank has them, and still a rank
+        rank, size = (0, 1) if whole_rows else (getattr(layer, "tp_rank", 0), getattr(layer, "tp_size", 1))
         columns = (input_size_per_partition, 0)
         if input_size_per_partition != input_size:
             columns = (input_size_per_partition, rank * input_size_per_partition)
@@ -84,12 +85,18 @@ class PackedLinearMethod(LinearMethodBase):
             ValueError: a matrix is missing or damaged.
         """
         self._packed.check()
-        layer.mcmoe_parts = []
+        layer.mcmoe_parts, kept = [], False
         for n, part in self._packed.parts.items():
             view = self._packed.view(layer.weight, n)
             check_grids(part.name, view)
-            on_cpu = gpu.backend(view.device) is None and cpu.packs(view, part.bits) and view.device.type == "cpu"
-            layer.mcmoe_parts.append((view, part.bits, arena.pack_matrix(view, part.bits) if on_cpu else None))
+            blocks = None
+            if gpu.backend(view.device) is None and view.device.type == "cpu" and cpu.packs(view, part.bits):
+                blocks = arena.pack_matrix(view, part.bits)
+                view = view.new_empty(1).expand(part.shape)  # of the bytes only their shape is read from now on
+            kept |= blocks is None
+            layer.mcmoe_parts.append((view, part.bits, blocks))
+        if not kept:
+            layer.weight = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[.., in] -> [.., out], of all matrices side by side."""

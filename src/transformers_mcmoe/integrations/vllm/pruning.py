@@ -88,10 +88,21 @@ class Pruning:
         if set(found) != {"hidden", "scores"}:
             raise ValueError(f"The checkpoint lacks the pruning router of '{path}'; it is damaged or was renamed.")
         rank, slots = len(found["hidden"]), len(found["scores"]) + 1
-        router = PrefixRouter(found["hidden"].shape[1] // 2 - slots - 2, slots, rank)
+        router = _FixedRouter(found["hidden"].shape[1] // 2 - slots - 2, slots, rank)
         for leaf, tensor in found.items():
-            getattr(router, leaf).data = tensor
+            getattr(router, leaf).data = tensor.to(torch.get_default_device())  # where vLLM builds the model
+        router.fixed = PrefixRouter.matrices(router)
         return router
+
+
+class _FixedRouter(PrefixRouter):
+    """A router whose matrices stay: they need not be looked at anew, which torch.compile cannot trace."""
+
+    fixed: tuple[Tensor, Tensor]
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """The two matrices in float32."""
+        return self.fixed
 
 
 class LayerRule:
@@ -106,9 +117,9 @@ class LayerRule:
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and weights after pruning."""
-        if not torch.compiler.is_compiling():
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
             return self._pruning(x, ids, weights)
-        # traced: without counting, which would change a tensor outside of the graph
+        # traced, or captured on a GPU: without counting, which would change a tensor outside of the graph
         skipped = self._pruning.skipped(x, ids, weights)
         kept = weights.masked_fill(skipped, 0)
         if self._pruning.renormalize:

@@ -192,7 +192,7 @@ class FusedExperts(Experts):
 
 def _name_of(activation: Callable[[Tensor], Tensor]) -> str | None:
     """Which of ACTIVATIONS a function is, by its values: models wrap the same function in many classes."""
-    points = torch.linspace(-6, 6, 97)
+    points = torch.linspace(-6, 6, 97, device="cpu")
     with torch.no_grad():
         values = activation(points)
     return next(
