@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
-import httpx
+import aiohttp
 
 # what vLLM wants of a small machine without a GPU
 SETTINGS = {
@@ -57,9 +58,10 @@ def running(command: Sequence[str], port: int, log: Path, timeout: float = 600, 
             begun = time.monotonic()
             while health:
                 try:
-                    if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
-                        break
-                except httpx.HTTPError:
+                    with urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+                        if answer.status == 200:
+                            break
+                except OSError:
                     pass
                 if server.poll() is not None or time.monotonic() - begun > timeout:
                     raise RuntimeError(f"The server does not answer:\n{log.read_text()[-3000:]}")
@@ -109,21 +111,22 @@ async def _ask(port: int, model: str, prompts: Sequence[str], clients: int, seco
     load, begun, asked = Load(), time.monotonic(), 0
     options = {"model": model, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
 
-    async def client(session: httpx.AsyncClient) -> None:
+    async def client(session: aiohttp.ClientSession) -> None:
         nonlocal asked
         while time.monotonic() - begun < seconds:
             which, asked = asked % len(prompts), asked + 1
             try:
-                answer = await session.post("/v1/completions", json=options | {"prompt": prompts[which]})
-                answer.raise_for_status()
-                found = answer.json()
+                async with session.post("/v1/completions", json=options | {"prompt": prompts[which]}) as answer:
+                    answer.raise_for_status()
+                    found = await answer.json()
                 load.answers.append((which, found["choices"][0]["text"]))
                 load.tokens += found["usage"]["completion_tokens"]
-            except (httpx.HTTPError, KeyError, json.JSONDecodeError) as error:
+            except (aiohttp.ClientError, TimeoutError, KeyError, json.JSONDecodeError) as error:
                 load.errors.append(f"{type(error).__name__}: {error}")
                 await asyncio.sleep(0.5)
 
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600) as session:
+    patient = aiohttp.ClientTimeout(600)
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", timeout=patient) as session:
         await asyncio.gather(*(client(session) for _ in range(clients)))
     load.seconds = time.monotonic() - begun
     return load

@@ -267,7 +267,8 @@ def test_vllm_is_not_imported_with_the_package():
 def demo(tmp_path_factory):
     """The demo model, packed, with its tokenizer."""
     folder = tmp_path_factory.mktemp("demo") / "packed"
-    config = MCMoEConfig(2.54, odp=ODPConfig(protect=0), dataset=tokens(16, 64) * 12, num_samples=16)
+    # groups of 64, as two ranks share rows of 128
+    config = MCMoEConfig(2.54, group_size=64, odp=ODPConfig(protect=0), dataset=tokens(16, 64) * 12, num_samples=16)
     AutoModelForCausalLM.from_pretrained(DEMO, quantization_config=config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(DEMO).save_pretrained(folder)
     return folder
