@@ -14,13 +14,15 @@ from compressed_tensors.quantization import QuantizationConfig
 from gguf.quants import dequantize
 from safetensors.torch import load_file
 from tiny import compressed, load, quick_config, relative_rms, save_dense, save_tokenizer, tokens
-from transformers import CompressedTensorsConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import CompressedTensorsConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from transformers_mcmoe import PruneConfig
 from transformers_mcmoe.cli import app
 from transformers_mcmoe.integrations.exports import compressed as compressed_tensors
 from transformers_mcmoe.integrations.exports import gguf as llama_cpp
+from transformers_mcmoe.quantization import pack, quantize
 
 LEAVES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 FOUR = {"bits": 4.0, "expert_bits": (4,), "attention_bits": 4, "shared_expert_bits": 4, "granularity": "layer"}
@@ -268,3 +270,65 @@ def found_by(engine, file, ids):
     runner = engine.Llama(str(file), n_ctx=64, logits_all=True, verbose=False)
     runner.eval(ids[0].tolist())
     return torch.from_numpy(np.array(runner.scores[:24]))
+
+
+def test_pairs_are_merged_in_the_tokenizers_order(tmp_path):
+    # llama.cpp merges by scores, which the gguf package does not read from a tokenizer.json
+    _, folder = packed(tmp_path)
+    corpus = ["the theory of then and there", "an other another mother"] * 50
+    built = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    built.pre_tokenizer = pre_tokenizers.Metaspace()
+    built.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=[])
+    built.train_from_iterator(corpus, trainer)
+    built.add_tokens(["<tool>"])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=built, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    wrapped.save_pretrained(folder)
+    llama_cpp.export(str(folder), tmp_path / "model.gguf")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["tokenizer.ggml.model"].contents() == "llama"
+    tokens_, scores = fields["tokenizer.ggml.tokens"].contents(), fields["tokenizer.ggml.scores"].contents()
+    merges = [
+        pair if isinstance(pair, str) else " ".join(pair) for pair in json.loads(built.to_str())["model"]["merges"]
+    ]
+    ranked = [scores[tokens_.index(merge.replace(" ", ""))] for merge in merges]
+    assert ranked == sorted(ranked, reverse=True)
+    assert len(set(ranked)) > 10
+    kinds = dict(zip(tokens_, fields["tokenizer.ggml.token_type"].contents(), strict=True))
+    assert kinds["<tool>"] == gguf.TokenType.USER_DEFINED
+    assert kinds["</s>"] == gguf.TokenType.CONTROL
+
+
+def test_byte_pairs(tmp_path):
+    _, folder = packed(tmp_path)
+    built = Tokenizer(models.BPE())
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=310, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    built.train_from_iterator(["the theory of then and there"] * 50, trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=built, eos_token="<|end|>")
+    wrapped.save_pretrained(folder)
+    llama_cpp.export(str(folder), tmp_path / "model.gguf", "qwen2")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["tokenizer.ggml.model"].contents() == "gpt2"
+    assert fields["tokenizer.ggml.pre"].contents() == "qwen2"
+    assert fields["tokenizer.ggml.merges"].contents()
+    kinds = dict(
+        zip(fields["tokenizer.ggml.tokens"].contents(), fields["tokenizer.ggml.token_type"].contents(), strict=True)
+    )
+    assert kinds["<|end|>"] == gguf.TokenType.CONTROL
+
+
+def test_merged_adapters_end_symmetry(tmp_path):
+    model, folder = packed(tmp_path, symmetric=True)
+    linear = model.model.layers[0].self_attn.q_proj
+    linear.write(pack(quantize(linear.dequantize(torch.float32) + 0.01, 4, 64)))
+    model.save_pretrained(folder)
+    for run in (
+        lambda: llama_cpp.export(str(folder), tmp_path / "m.gguf"),
+        lambda: compressed_tensors.export(str(folder), tmp_path / "out"),
+    ):
+        with pytest.raises(ValueError, match=r"q_proj.weight' has zeros, although .* symmetric=True"):
+            run()

@@ -110,14 +110,14 @@ def _converted(stored: Stored, matrix: Matrix) -> dict[str, Tensor]:
 
     quantized = stored.quantized(matrix)
     zero = quantized.zero
+    if stored.quantization.symmetric:
+        check_symmetric(matrix, quantized)
     if not bool((zero == zero.round()).all() and (zero >= 0).all() and (zero < 2**matrix.bits).all()):
         raise ValueError(
             f"'{matrix.key}' has zeros that are no codes, but compressed-tensors has whole ones; compress with integer_zeros=True or "
             "symmetric=True."
         )
     middle = 2 ** (matrix.bits - 1)  # its codes are signed
-    if stored.quantization.symmetric:
-        check_symmetric(matrix, quantized)
     codes = (quantized.codes.flatten(1).to(torch.int16) - middle).to(torch.int8)
     stem = matrix.key.removesuffix(".weight")
     found = {
