@@ -93,7 +93,9 @@ class Load:
     seconds: float = 0.0
 
 
-def ask(port: int, model: str, prompts: Sequence[str], clients: int, seconds: float, new_tokens: int) -> Load:
+def ask(
+    port: int, model: str, prompts: Sequence[str], clients: int, seconds: float, new_tokens: int, whole: bool = True
+) -> Load:
     """So many clients, each with one request after the other until time is over; every one gets its answer.
 
     Args:
@@ -103,13 +105,14 @@ def ask(port: int, model: str, prompts: Sequence[str], clients: int, seconds: fl
         clients: at once.
         seconds: no request begins later.
         new_tokens: of every answer.
+        whole: answers do not end at the model's own end; vLLM alone can be asked for that.
     """
-    return asyncio.run(_ask(port, model, prompts, clients, seconds, new_tokens))
+    options = {"model": model, "max_tokens": new_tokens, "temperature": 0} | ({"ignore_eos": True} if whole else {})
+    return asyncio.run(_ask(port, prompts, clients, seconds, options))
 
 
-async def _ask(port: int, model: str, prompts: Sequence[str], clients: int, seconds: float, new_tokens: int) -> Load:
+async def _ask(port: int, prompts: Sequence[str], clients: int, seconds: float, options: dict[str, Any]) -> Load:
     load, begun, asked = Load(), time.monotonic(), 0
-    options = {"model": model, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
 
     async def client(session: aiohttp.ClientSession) -> None:
         nonlocal asked

@@ -43,14 +43,14 @@ def measure(server: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     words = options.text.read_text(encoding="utf-8").split()
     size = options.prompt
     prompts = [" ".join(words[n * size : (n + 1) * size]) for n in range(64)]
-    port, rows = free_port(), []
+    port, rows, whole = free_port(), list[dict[str, Any]](), server.startswith("vLLM")
     with (
         tempfile.TemporaryDirectory() as folder,
         running(command(server, model, port, options), port, Path(folder) / "log"),
     ):
-        ask(port, str(model), prompts, 1, 0.1, options.new)  # the first request warms up
+        ask(port, str(model), prompts, 1, 0.1, options.new, whole)  # the first request warms up
         for clients in CLIENTS:
-            load: Load = ask(port, str(model), prompts, clients, options.seconds, options.new)
+            load: Load = ask(port, str(model), prompts, clients, options.seconds, options.new, whole)
             if load.errors:
                 print(f"{server}, {clients} clients: {len(load.errors)} errors, the first: {load.errors[0]}")
             row = {
