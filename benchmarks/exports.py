@@ -169,10 +169,10 @@ def write_docs() -> None:
     for (model, name), row in newest.items():
         figures = " | ".join(f"{row[key]:.3f}" for key in ("dense", "packed", "here", "llama.cpp"))
         lines.append(f"| {model} | {name} | {figures} | {100 * (row['llama.cpp'] / row['here'] - 1):+.2f} % |")
-    one = next(iter(newest.values()))
+    one, texts = next(iter(newest.values())), dict.fromkeys(row["windows"] for row in newest.values())
     lines += [
         "",
-        f"Perplexity, {one['windows']}; {one['processor']}, {one['date']}; float32 here, llama.cpp's own precision there.",
+        f"Perplexity, {' and '.join(texts)}; {one['processor']}, {one['date']}; float32 here, llama.cpp's own precision there.",
     ]
     replace_part("serving.md", "exports", lines)
 

@@ -78,7 +78,7 @@ def write_docs() -> None:
         own = {key[1:]: row for key, row in newest.items() if key[0] == model}
         one = next(iter(own.values()))
         lines += [
-            f"{model}, {one['dtype']}, prompts of {one['prompt_words']} words, {one['new_tokens']} new tokens, medians of {one['rounds']} rounds in turns; "
+            f"{model}, {one['dtype']}, prompts of {one['prompt_words']} words, {one['new_tokens']} new tokens, medians of {one['rounds']} round{'s' * (one['rounds'] > 1)} in turns; "
             f"{one['processor']}, {one['cpus']} cores, load {one['load']}, {one['date']}; vLLM 0.32{' without torch.compile' if one['eager'] else ''}.",
             "",
             "| server | " + " | ".join(f"{n} client{'s' * (n > 1)}" for n in CLIENTS) + " |",

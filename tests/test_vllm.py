@@ -110,7 +110,11 @@ def test_the_same_tokens(family, tmp_path):
 
 
 @vllm
-@pytest.mark.parametrize("prune", [None, PruneConfig(0.25, method="naee")], ids=["all", "dropped"])
+@pytest.mark.parametrize(
+    "prune",
+    [None, pytest.param(PruneConfig(0.25, method="naee"), marks=pytest.mark.slow)],
+    ids=["all", "dropped"],
+)
 def test_deepseek(prune, tmp_path):
     # vLLM's latent attention on CPU generates other tokens than transformers, from dense weights too: so both are vLLM's here
     model, folder = packed("deepseek_v2", tmp_path, prune=prune, bits=2.0)
@@ -144,6 +148,22 @@ def test_two_ranks(parallel, mixtral):
 
 
 @vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{}, {"enable_expert_parallel": True}], ids=["tensor", "expert"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_two_ranks_of_other_families(family, parallel, tmp_path):
+    model, folder = packed(family, tmp_path, odp=ODPConfig(protect=0))
+    assert served(folder, tensor_parallel_size=2, **parallel) == expected(model)
+
+
+@vllm
+@pytest.mark.slow
+def test_more_ranks_than_key_heads(tmp_path):
+    model, folder = packed("mixtral", tmp_path, changes={"num_key_value_heads": 1})
+    assert served(folder, tensor_parallel_size=2) == expected(model)
+
+
+@vllm
 def test_compiled(tmp_path):
     # top-3, so that thresholds of slots differ
     model, folder = packed("qwen3_moe", tmp_path, changes={"num_experts_per_tok": 3}, odp=ODPConfig(protect=0))
@@ -152,6 +172,7 @@ def test_compiled(tmp_path):
 
 
 @vllm
+@pytest.mark.slow
 def test_learned_pruning(tmp_path):
     otp = OTPConfig(target=0.3, steps=2, tokens=512, batch_tokens=128)
     model, folder = packed("qwen3_moe", tmp_path, otp=otp, dataset=tokens(16, 32), num_samples=16)
@@ -171,7 +192,13 @@ def test_dropped_experts(tmp_path):
 
 @vllm
 @pytest.mark.parametrize(
-    "kind", ["missing expert", "missing linear", "misnamed", "truncated", "missing router", "missing norm"]
+    "kind",
+    [
+        "missing expert",
+        "truncated",
+        "missing norm",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("missing linear", "misnamed", "missing router")),
+    ],
 )
 def test_damaged_checkpoints_are_refused_by_name(kind, mixtral, tmp_path):
     _, folder = mixtral
