@@ -78,6 +78,7 @@ def test_methods(folder, method):
     assert report["average_bits"] == pytest.approx(3.2, abs=0.1)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_searched_sets_change_less_than_others(mixtral):
     found = {}

@@ -287,6 +287,7 @@ def test_more_rank_is_nearer(mixtral):
     assert found[0] > found[1]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_factors_make_up_for_rounding(mixtral):
     plan = plan_of(compressed(mixtral, quick_config(expert_bits=(1, 2), bits=2.3, attention_bits=8)))

@@ -132,6 +132,7 @@ def test_tokens_of_images_are_counted_apart(tmp_path: Path):
         assert sum(coverage["tokens"]) > sum(coverage["image_tokens"])
 
 
+@pytest.mark.slow
 def test_image_weight(tmp_path: Path):
     """Errors of experts that only images reach rise against those that only text reaches; on the average nothing changes."""
     folder = save_vlm("ernie4_5_vl_moe", tmp_path)
@@ -536,6 +537,7 @@ def test_page_and_card_tell_of_images(tmp_path: Path):
     assert 'processor = AutoProcessor.from_pretrained("me/it")' in card
 
 
+@pytest.mark.slow
 def test_many_experts(tmp_path: Path):
     """64 experts of which a token takes 6, shared ones at 4 bits: every expert has a width, also those that nothing reached."""
     text = VLMS["aria"]["text_config"] | {"moe_num_experts": 64, "moe_topk": 6, "moe_num_shared_experts": 2}

@@ -281,6 +281,7 @@ def test_what_is_missing_or_wrong_is_named():
             held.load(parameter, 0, wrong)
 
 
+@pytest.mark.slow
 def test_vllm_is_not_imported_with_the_package():
     code = (
         "import sys, transformers_mcmoe.integrations.vllm as plugin; plugin.register(); print('vllm' in sys.modules)"
