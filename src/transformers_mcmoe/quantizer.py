@@ -99,20 +99,8 @@ class MCMoEHfQuantizer(HfQuantizer):
             self._compress(model, checkpoint_files, dtype or torch.get_default_dtype())
         else:
             self.commit = extract_commit_hash(str(checkpoint_files[0]), None)
-        plan = self.quantization_config.plan
-        if plan is None:
-            raise ValueError("The checkpoint's quantization_config has no plan; it was not written by this package.")
-        structure = Structure(model)
-        plan = self.quantization_config.plan = plan.under(structure.experts, model.base_model_prefix)
-        self._packed = {path: experts for path, experts in structure.experts.items() if path in plan.experts}
-        self._dense = [path for path in structure.experts if path not in plan.experts]
-        structure.experts = self._packed
-        structure.check(plan)
-        structure.follow(plan)
-        replace_modules(model, structure, plan, self.quantization_config.group_size)
-        otp = self.quantization_config.otp
-        if isinstance(otp, OTPConfig) and otp.trained:
-            add_routers(model, otp)
+        structure, self.quantization_config.plan, self._dense = pack_modules(model, self.quantization_config)
+        self._packed = structure.experts
         check_tensors(model, structure, checkpoint_files)
         self._dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
         return model
@@ -329,24 +317,37 @@ def packed_model(config: Any, quantization: MCMoEConfig) -> tuple[Any, Structure
     Raises:
         ValueError: the plan is missing or does not fit the model.
     """
-    if quantization.plan is None:
-        raise ValueError("The checkpoint's quantization_config has no plan; it was not written by this package.")
     plain = type(config).from_dict(config.to_dict())
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
     built = model_class(config)
     with torch.device("meta"):
         model = built._from_config(plain) if hasattr(built, "_from_config") else built.from_config(plain)
+    structure, plan, _ = pack_modules(model, quantization)
+    return model, structure, plan
+
+
+def pack_modules(model: Any, quantization: MCMoEConfig) -> tuple[Structure, Plan, list[str]]:
+    """Put empty packed modules into a model by the plan of a config.
+
+    Returns:
+        What is known of the packed experts, the plan with the model's own paths, and the paths of experts that stay dense.
+
+    Raises:
+        ValueError: the plan is missing or does not fit the model.
+    """
+    if quantization.plan is None:
+        raise ValueError("The checkpoint's quantization_config has no plan; it was not written by this package.")
     structure = Structure(model)
     plan = quantization.plan.under(structure.experts, model.base_model_prefix)
+    dense = [path for path in structure.experts if path not in plan.experts]
     structure.experts = {path: experts for path, experts in structure.experts.items() if path in plan.experts}
     structure.check(plan)
     structure.follow(plan)
     replace_modules(model, structure, plan, quantization.group_size)
-    otp = quantization.otp
-    if isinstance(otp, OTPConfig) and otp.trained:
-        add_routers(model, otp)
-    return model, structure, plan
+    if isinstance(quantization.otp, OTPConfig) and quantization.otp.trained:
+        add_routers(model, quantization.otp)
+    return structure, plan, dense
 
 
 def asked_pruning(config: MCMoEConfig) -> tuple[ODPConfig | None, OTPConfig | None]:
