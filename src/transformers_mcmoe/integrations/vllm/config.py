@@ -94,19 +94,16 @@ class PackedConfig(QuantizationConfig):
         """Learn which checkpoint it is, and look at its tensors' names and shapes; called before the model is built.
 
         Raises:
-            ValueError: a tensor is missing, misnamed, or has another shape, packed or not; vLLM itself does not ask.
+            ValueError: a tensor is missing, misnamed, or has another shape, packed or not, which vLLM itself does not ask; or the plan
+                belongs to another model.
         """
         self.pruning.source = (model_name, revision)
         try:
             config = AutoConfig.from_pretrained(model_name, revision=revision)
-            model, structure, _ = packed_model(config, self.config)
-        except (
-            ValueError,
-            KeyError,
-            ImportError,
-        ) as error:  # code of the model's own, or newer than this transformers
-            logger.warning("'%s' cannot be built in transformers to check its tensors (%s).", model_name, error)
+        except (ValueError, KeyError) as error:  # code of the model's own, or newer than this transformers
+            logger.warning("transformers has no '%s' to check its tensors by (%s).", model_name, error)
             return
+        model, structure, _ = packed_model(config, self.config)
         files = checkpoint_files(model_name, revision)
         check_tensors(model, structure, files)
         check_complete(model, structure, files)

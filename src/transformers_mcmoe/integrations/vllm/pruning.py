@@ -49,8 +49,8 @@ class Pruning:
                 )
             if self._odp.needs_attention:
                 logger.warning(
-                    "vLLM does not give the attention that tokens receive: expert pruning goes by its thresholds alone, without the "
-                    "%g of tokens that are protected in transformers.", self._odp.protect,
+                    "vLLM does not give the attention that tokens receive: expert pruning goes by its thresholds alone; in "
+                    "transformers %g of them keep all experts, and %g none.", self._odp.protect, self._odp.drop_all,
                 )  # fmt: skip
         self._checkpoint: Checkpoint | None = None
 
