@@ -26,11 +26,12 @@ def torchrun(*arguments: object, size: int = 2, **environment: str) -> subproces
     )
 
 
-def both(folder: Path, names: tuple[str, ...], size: int = 2) -> tuple[dict, dict]:
-    """What one process and several came to."""
+def both(folder: Path, names: tuple[str, ...], size: int = 2, threads: int = 1) -> tuple[dict, dict]:
+    """What one process and several came to, with so many threads each."""
     script = Path(__file__).parent / "ranks.py"
-    subprocess.run([sys.executable, str(script), str(folder), *names], env=ENVIRONMENT, check=True, timeout=600)
-    found = torchrun(script, folder, *names, size=size)
+    own = {"OMP_NUM_THREADS": str(threads)}
+    subprocess.run([sys.executable, str(script), str(folder), *names], env=ENVIRONMENT | own, check=True, timeout=600)
+    found = torchrun(script, folder, *names, size=size, **own)
     assert found.returncode == 0, found.stderr[-4000:]
     one, several = (json.loads((folder / f"found {n}.json").read_text()) for n in (1, size))
     return one, several
@@ -43,8 +44,9 @@ def check_same(one: dict, several: dict) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes(tmp_path):
-    check_same(*both(tmp_path, QUICK))
+@pytest.mark.parametrize("threads", [1, 2])
+def test_two_processes_write_what_one_writes(threads, tmp_path):
+    check_same(*both(tmp_path, QUICK, threads=threads))
 
 
 @pytest.mark.slow

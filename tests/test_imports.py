@@ -17,6 +17,7 @@ LAYERS = [
         "version",
         "workdir",
         "memory",
+        "threads",
         "progress",
         "kernels",
         "quantization",

@@ -7,7 +7,8 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 
 from transformers_mcmoe.quantization import Factor, Grid, gptq
-from transformers_mcmoe.quantization.k_quants import quantize_blocks, unpack_blocks
+from transformers_mcmoe.quantization.grid import candidates
+from transformers_mcmoe.quantization.k_quants import BlockGrid, quantize_blocks, unpack_blocks
 
 KINDS = {2: Kind.Q2_K, 3: Kind.Q3_K}
 
@@ -65,3 +66,23 @@ def test_zeros_and_tiny_weights():
     found = unpack_blocks(packed, 2)
     assert torch.isfinite(found).all()
     assert float(found[:2].abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_a_small_group_beside_large_ones_is_not_dropped(bits):
+    """Its clipped grids round to the block's lowest level, 0, which rebuilds nothing; the least level above is better."""
+    weight, _, _ = case(bits, rows=8, batch=1)
+    small = slice(16, 32)
+    # a scale of 0.6 levels: whole it is rounded up, clipped below 0.5 it is rounded to nothing
+    block = BlockGrid(symmetric=bits == 3, bits=bits).fitted(weight).of_group(torch.tensor([1]))
+    d = block.scales[0]
+    top = 2**bits - 1
+    span = 0.6 * d.unsqueeze(-1) * top
+    weight[..., small] = (torch.rand(1, 8, 16, generator=torch.Generator().manual_seed(0)) - 0.5) * span
+    weight[..., 16], weight[..., 17] = -0.5 * span[..., 0], 0.5 * span[..., 0]
+    scale, _ = candidates(weight[..., small].amin(-1), weight[..., small].amax(-1), bits, block)
+    assert bool((scale == 0).any())
+    assert bool((scale > 0).any())
+    factor = Factor.of(torch.eye(512)[None].clone(), 16)
+    found = unpack_blocks(quantize_blocks(weight, factor, bits, refits=0), bits)[..., small]
+    assert float((found - weight[0][..., small]).square().mean()) < 0.5 * float(weight[..., small].square().mean())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from transformers_mcmoe.models.experts import Experts
 from transformers_mcmoe.plan import ROLES
+from transformers_mcmoe.threads import at_once, each
 
 # tokens, at least, by which it is found out which linear layers are reached and read the same
 PROBED = 2048
@@ -110,6 +111,9 @@ class ExpertHessians:
         for role, hessian in self.roles.items():
             hessian.add(index, read[role])
 
+    def __contains__(self, expert: int) -> bool:
+        return expert in self._index
+
     def clear(self, expert: int) -> None:
         """Forget the tokens of an expert."""
         for hessian in self.roles.values():
@@ -161,6 +165,9 @@ class DownHessians:
             lost = lost @ self._dense(expert).T
         self.missing[index].addmm_(lost.T, now)
 
+    def __contains__(self, expert: int) -> bool:
+        return expert in self._index
+
     def clear(self, expert: int) -> None:
         """Forget the tokens of an expert."""
         self.hessian.total[self._index[expert]].zero_()
@@ -172,19 +179,24 @@ class DownHessians:
 
         The regression is damped by RIDGE of the mean diagonal: with less it fits the calibration tokens alone.
         """
-        found = {}
-        for expert, index in self._index.items():
-            damped = self.hessian.total[index].clone()
-            mean = float(damped.diagonal().mean())
-            dense = self._dense(expert)
-            damped.diagonal().add_(RIDGE * mean)
-            lower, info = torch.linalg.cholesky_ex(damped)
-            if mean <= 0 or int(info) != 0:
-                found[expert] = dense
-            else:
-                change = torch.cholesky_solve(self.missing[index].T, lower).T
-                found[expert] = dense + (change if self._projected else dense @ change)
-        return found
+        total = self.hessian.total  # mirrored once, before threads read it
+        # a Hessian, its factor, copies that solving takes, and the matrix twice
+        size = 4 * self._down.in_features
+        most = at_once(4 * size * self._down.in_features + 2 * size * self._down.out_features, total.device)
+        found = each(lambda expert: self._target(expert, total[self._index[expert]]), [*self._index], most)
+        return dict(zip(self._index, found, strict=True))
+
+    def _target(self, expert: int, total: Tensor) -> Tensor:
+        dense = self._dense(expert)
+        damped = total.clone()
+        mean = float(damped.diagonal().mean())
+        damped.diagonal().add_(RIDGE * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        del damped
+        if mean <= 0 or int(info) != 0:
+            return dense
+        change = torch.cholesky_solve(self.missing[self._index[expert]].T, lower).T
+        return dense + (change if self._projected else dense @ change)
 
     def _dense(self, expert: int) -> Tensor:
         return self._experts.matrix(expert, self._down.name).to(torch.float32)

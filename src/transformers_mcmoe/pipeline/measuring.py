@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from transformers_mcmoe.calibration.observing import Outputs, carried
-from transformers_mcmoe.calibration.statistics import ExpertInputs, hessian_error, output_errors
+from transformers_mcmoe.calibration.statistics import SAMPLE, ExpertInputs, hessian_error, output_errors
+from transformers_mcmoe.models.experts import Experts
 from transformers_mcmoe.pipeline.allocating import MEASURED, pairs
 from transformers_mcmoe.pipeline.joint import JointProgram
 from transformers_mcmoe.pipeline.journal import Record
@@ -24,6 +26,7 @@ from transformers_mcmoe.pipeline.watching import Watcher
 from transformers_mcmoe.plan import ROLES
 from transformers_mcmoe.progress import Meter
 from transformers_mcmoe.quantization import dequantize
+from transformers_mcmoe.threads import at_once, each
 
 # the pass runs one calibration sequence in so many, but so many tokens at least
 SHARE, LEAST_TOKENS = 4, 8192
@@ -36,6 +39,15 @@ BETWEEN = {3: (2, 4)}
 def measured_sequences(sequences: int, length: int) -> int:
     """How many of so many calibration sequences the pass runs."""
     return min(sequences, max(-(-LEAST_TOKENS // length), sequences // SHARE))
+
+
+@dataclass
+class _Errors:
+    """What was measured of one expert, by width: errors of its output, those by role, distances under the Hessians' traces."""
+
+    outputs: dict[int, float]
+    distances: dict[int, float] = field(default_factory=dict)
+    roles: dict[str, dict[int, float]] = field(default_factory=dict)
 
 
 class Measurer:
@@ -186,13 +198,10 @@ class Measurer:
             del hessians, used
             packed = {bits: rounder.round(which, (bits, bits)) for bits in widths}
             del rounder
-            for n, expert in enumerate(which):
-                own = {bits: packed[bits][expert] for bits in widths}
-                weights = None if traces is None else {role: trace[n] for role, trace in traces.items()}
-                self._errors(path, expert, own, inputs, weights)
-                self._meter.expert_done(expert, experts.num_experts)
-                if final and not feedback:
-                    candidates |= {(expert, bits): matrices for bits, matrices in own.items()}
+            own = [{bits: packed[bits][expert] for bits in widths} for expert in which]
+            self._note_errors(path, which, own, inputs, traces)
+            if final and not feedback:
+                candidates |= {(expert, bits): packed[bits][expert] for expert in which for bits in widths}
         if traced:
             result.hessian_errors = {bits: result.hessian_errors.get(bits, []) for bits in widths}
         for errors in (result.errors, result.hessian_errors, *result.role_errors.values()):
@@ -209,21 +218,54 @@ class Measurer:
         parts = self._runner.world.gather(own)
         return {bits: {expert: error for part in parts for expert, error in part[bits].items()} for bits in own}
 
-    def _errors(
+    def _note_errors(
         self,
         path: str,
+        which: Sequence[int],
+        packed: Sequence[Mapping[int, Packed]],
+        inputs: ExpertInputs,
+        traces: Mapping[str, Sequence[float]] | None,
+    ) -> None:
+        """Append the errors of experts under every width, [experts][width], to the layer's result."""
+        experts, result = self._structure.experts[path], self._watcher.layers[path]
+        by_role = self._config.granularity == "projection"
+
+        def measured(n: int) -> _Errors:
+            if by_role:
+                return self._role_errors(experts, which[n], packed[n], inputs)
+            own = None if traces is None else {role: trace[n] for role, trace in traces.items()}
+            return self._errors(experts, which[n], packed[n], inputs, own)
+
+        # one expert in float32, dense and rebuilt, and a sample on its way through both
+        device = experts.matrix(0, experts.projections[0].name).device
+        most = at_once(
+            sum(
+                12 * p.out_features * p.in_features + 12 * SAMPLE * (p.out_features + p.in_features)
+                for p in experts.projections
+            ),
+            device,
+        )
+        for expert, found in zip(which, each(measured, range(len(which)), most), strict=True):
+            for bits, error in found.outputs.items():
+                result.errors[bits].append(error)
+            for bits, distance in found.distances.items():
+                result.hessian_errors.setdefault(bits, []).append(distance)
+            for role, errors in found.roles.items():
+                for bits, error in errors.items():
+                    result.role_errors[role][bits].append(error)
+            self._meter.expert_done(expert, experts.num_experts)
+
+    def _errors(
+        self,
+        experts: Experts,
         expert: int,
         packed: Mapping[int, Packed],
         inputs: ExpertInputs,
         traces: Mapping[str, float] | None,
-    ) -> None:
-        """Append one expert's errors under every width to the layer's result."""
-        experts, result = self._structure.experts[path], self._watcher.layers[path]
+    ) -> _Errors:
+        """One expert's errors under every width."""
         columns = {p.name: p.in_features for p in experts.projections}
-        if self._config.granularity == "projection":
-            self._role_errors(path, expert, packed, inputs)
-            return
-        distances = []
+        distances: list[float] = []
 
         def rebuilt() -> Iterable[dict[str, Tensor]]:
             for bits, matrices in packed.items():
@@ -233,16 +275,15 @@ class Measurer:
                 yield rebuilt
 
         errors = output_errors(experts, expert, inputs.sample(expert), rebuilt(), self._config.relative_errors)
-        for bits, error in zip(packed, errors, strict=True):
-            result.errors[bits].append(error)
-        for bits, distance in zip(packed, distances, strict=False):
-            result.hessian_errors.setdefault(bits, []).append(distance)
+        return _Errors(dict(zip(packed, errors, strict=True)), dict(zip(packed, distances, strict=False)))
 
-    def _role_errors(self, path: str, expert: int, packed: Mapping[int, Packed], inputs: ExpertInputs) -> None:
-        """Append one expert's errors with only its matrices of a role rounded; that of all is the root of the sum of squares."""
-        experts, sample = self._structure.experts[path], inputs.sample(expert)
+    def _role_errors(
+        self, experts: Experts, expert: int, packed: Mapping[int, Packed], inputs: ExpertInputs
+    ) -> _Errors:
+        """One expert's errors with only its matrices of a role rounded; that of all is the root of the sum of squares."""
+        sample = inputs.sample(expert)
         dense = {p.name: experts.matrix(expert, p.name).to(torch.float32) for p in experts.projections}
-        result, together = self._watcher.layers[path], dict.fromkeys(packed, 0.0)
+        found = _Errors(dict.fromkeys(packed, 0.0))
         for role in ROLES:
             names = {p.name: p.in_features for p in experts.projections if p.role == role}
             candidates = (
@@ -251,8 +292,7 @@ class Measurer:
             )
             relative = self._config.relative_errors
             errors = output_errors(experts, expert, sample, candidates, relative, down=role == "down")
-            for bits, error in zip(packed, errors, strict=True):
-                result.role_errors[role][bits].append(error)
-                together[bits] = math.hypot(together[bits], error)
-        for bits, error in together.items():
-            result.errors[bits].append(error)
+            found.roles[role] = dict(zip(packed, errors, strict=True))
+            for bits, error in found.roles[role].items():
+                found.outputs[bits] = math.hypot(found.outputs[bits], error)
+        return found

@@ -36,7 +36,7 @@ from transformers_mcmoe.routing import check_learnable, check_prunable
 from transformers_mcmoe.version import __version__
 from transformers_mcmoe.workdir import fingerprint
 
-# memory beside weights: activations of one batch, fp32 copies of one expert, libraries' buffers (docs/streaming.md)
+# memory beside weights: activations of one batch, what threads take (`threads.COPIES`), libraries' buffers (docs/streaming.md)
 OVERHEAD = 512 << 20
 # Hessians of small models are held together up to this size, which is part of OVERHEAD
 _LEAST_HESSIANS = 128 << 20

@@ -34,12 +34,14 @@ from transformers_mcmoe.pipeline.prepare import (
     sized,
     tuning_memory,
 )
-from transformers_mcmoe.pipeline.rounding import ROWS, grid_of
+from transformers_mcmoe.pipeline.rounding import Cut, grid_of
 from transformers_mcmoe.plan import ExpertWidths, Plan, average_bits, bits_per_weight
 from transformers_mcmoe.quantization import Factor, dequantize, gptq, group_size_for, pack, quantize
+from transformers_mcmoe.quantization.gptq import factorized_at_once
 from transformers_mcmoe.routing.prunable import TOP_K
 from transformers_mcmoe.structure import search_is_exhaustive
 from transformers_mcmoe.structure.outputs import PRODUCTS
+from transformers_mcmoe.threads import each, workers
 from transformers_mcmoe.tuning import sequences_for, sequences_per_step
 
 # options with factors that are measured of every expert
@@ -336,36 +338,43 @@ class _Clock:
             size = group_size_for(columns, self._config.group_size)
             taken = min(rows, _PROBE_ROWS)
             weight = torch.randn(taken, columns)
-            each = self._once(("nearest", taken, columns), lambda: quantize(weight, bits, size, grid))
-            return widths * each * rows / taken
+            seconds = self._once(("nearest", taken, columns), lambda: quantize(weight, bits, size, grid))
+            return widths * seconds * rows / taken
         probe = min(columns, _LARGEST)
         size = group_size_for(probe, self._config.group_size)
         factor = Factor.of(torch.eye(probe, device=self._device)[None], size, damping=0.01)
 
+        cut = Cut.of(rows, columns, self._device)
+        at_once, _ = workers(cut.most)
+
         def rounding(taken: int) -> float:
             part = torch.randn(1, taken, probe, device=self._device)
-            return self._once(("gptq", taken, probe, sweeps), lambda: gptq(part, factor, bits, grid, sweeps=sweeps))
 
-        # several matrices are rounded together; a call takes a time of its own, and one per row
-        together = max(1, min(count, ROWS // rows))
+            def run() -> None:
+                list(each(lambda _: gptq(part, factor, bits, grid, sweeps=sweeps), range(at_once), cut.most))
+
+            return self._once(("gptq", taken, probe, sweeps, at_once), run) / at_once
+
+        # a part takes a time of its own, and one per row; several are at work at once
         few, many = rounding(_PROBE_ROWS // 2), rounding(_PROBE_ROWS)
-        call = max(few / 2, few + (many - few) * (together * rows - _PROBE_ROWS // 2) / (_PROBE_ROWS // 2))
-        return self._factor(columns) + widths * call / together * columns / probe
+        height = min(count, cut.together) * cut.step
+        part = max(few / 2, few + (many - few) * (height - _PROBE_ROWS // 2) / (_PROBE_ROWS // 2))
+        return self._factor(columns) + widths * part * rows / height * columns / probe
 
     def _factor(self, columns: int) -> float:
-        """One factorization; its cost grows by a power of the size between two and three."""
+        """One factorization of many; its cost grows by a power of the size between two and three."""
+
+        def factorizing(n: int) -> float:
+            at_once, _ = workers(factorized_at_once(n, self._device))
+            size = group_size_for(n, self._config.group_size)
+
+            def run() -> None:
+                Factor.of(torch.eye(n, device=self._device).repeat(at_once, 1, 1), size, damping=0.01)
+
+            return self._once(("factor", n), run) / at_once
+
         probe = min(columns, _LARGEST)
-        large, small = (
-            self._once(
-                ("factor", n),
-                lambda n=n: Factor.of(  # type: ignore[misc]
-                    torch.eye(n, device=self._device)[None],
-                    group_size_for(n, self._config.group_size),
-                    damping=0.01,
-                ),
-            )
-            for n in (probe, max(32, probe // 2))
-        )
+        large, small = factorizing(probe), factorizing(max(32, probe // 2))
         power = min(3.0, max(2.0, math.log2(large / small)))
         return large * (columns / probe) ** power
 

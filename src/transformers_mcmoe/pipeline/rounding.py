@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,13 +35,15 @@ from transformers_mcmoe.quantization import (
     pack,
     quantize,
 )
-from transformers_mcmoe.quantization.gptq import REFITS
-from transformers_mcmoe.quantization.grid import CHUNK
+from transformers_mcmoe.quantization.gptq import AT_ONCE, REFITS
 from transformers_mcmoe.quantization.k_quants import BLOCK, BYTES, GROUP, quantize_blocks, unpack_blocks
 from transformers_mcmoe.structure.low_rank import factorize, fit_left, root_of
+from transformers_mcmoe.threads import each
 
-# rows that are rounded together: enough to hide the cost of a step per column
+# rows that a GPU rounds together: enough to hide the cost of a step per column
 ROWS = 1 << 13
+# weights, and rows of one matrix, that a core rounds together: steps that stay in its cache and yet outweigh their calls
+TOGETHER, LEAST_ROWS = 1 << 22, 1 << 9
 # the papers' rounding for errors: the whole range, zeros rounded to a code
 PLAIN = Grid(fit="minmax", integer_zeros=True)
 
@@ -97,27 +100,42 @@ class ExpertRounder:
         self, role: str, which: Sequence[int], bits: int, targets: Mapping[int, Tensor] | None = None
     ) -> dict[int, Packed]:
         """Packed matrices of one role of some of the experts; `targets` [rows, in] are rounded in place of their own."""
-        packed: dict[int, Packed] = {expert: {} for expert in which}
         names = [p for p in self._experts.projections if p.role == role]
-        rows = sum(p.out_features for p in names)
-        # nearest rounding works row by row, GPTQ column by column: many small, or few large steps
-        together = max(1, ROWS // rows if self._factors else CHUNK // (rows * names[0].in_features))
-        for start in range(0, len(which), together):
-            part = list(which[start : start + together])
+        sizes = [p.out_features for p in names]
+
+        def rounded(part: tuple[list[int], range]) -> Tensor:
+            experts, rows = part
             weight = torch.stack(
                 [
-                    torch.cat([self._experts.matrix(expert, p.name) for p in names])
-                    if targets is None
-                    else targets[expert]
-                    for expert in part
+                    self._rows(names, n, rows) if targets is None else targets[n][rows.start : rows.stop]
+                    for n in experts
                 ]
             )
-            matrices = self._packed(weight, role, part, bits).cpu().unflatten(0, (len(part), rows))
-            for expert, matrix in zip(part, matrices, strict=True):
-                for p, own in zip(names, matrix.split([p.out_features for p in names]), strict=True):
-                    packed[expert][p.name] = own.clone()
-            return_free_memory()
+            return self._packed(weight, role, experts, bits).cpu().unflatten(0, (len(experts), len(rows)))
+
+        cut = Cut.of(sum(sizes), names[0].in_features, self._experts.matrix(0, names[0].name).device)
+        parts = cut.parts(which)
+        found: dict[int, list[Tensor]] = {expert: [] for expert in which}
+        for (experts, _), matrices in zip(parts, each(rounded, parts, cut.most), strict=True):
+            for expert, matrix in zip(experts, matrices, strict=True):
+                found[expert].append(matrix)
+        packed: dict[int, Packed] = {}
+        for expert in which:
+            # whole rows, so that no part of them keeps the others' memory
+            pieces = found.pop(expert)
+            own = (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).split(sizes)
+            packed[expert] = {p.name: matrix.clone() for p, matrix in zip(names, own, strict=True)}
+        return_free_memory()
         return packed
+
+    def _rows(self, names: Sequence[Projection], expert: int, rows: range) -> Tensor:
+        """Some rows [n, in] of an expert's projections, one below the other."""
+        parts, start = [], 0
+        for p in names:
+            own = slice(max(rows.start - start, 0), max(min(rows.stop - start, p.out_features), 0))
+            parts.append(self._experts.matrix(expert, p.name)[own])
+            start += p.out_features
+        return torch.cat(parts)
 
     def factor_role(
         self,
@@ -216,6 +234,38 @@ def _factor(hessian: Tensor, config: MCMoEConfig, name: str, bits: int = 0) -> F
     columns = hessian.shape[-1]
     size = GROUP if in_blocks(config, columns, bits) else group_size_for(columns, config.group_size)
     return Factor.of(hessian, size, damping=config.damping, act_order=config.act_order, name=name)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How matrices of experts are cut into parts that are rounded together: several matrices, or some rows of one.
+
+    Attributes:
+        rows: of a matrix.
+        together: matrices of a part.
+        step: rows of a part, those of the last may be fewer.
+        most: parts that may be at work at once.
+    """
+
+    rows: int
+    together: int
+    step: int
+    most: int
+
+    @classmethod
+    def of(cls, rows: int, columns: int, device: torch.device) -> Cut:
+        if device.type != "cpu":
+            return cls(rows, max(1, ROWS // rows), rows, 1)
+        count = -(-rows // max(LEAST_ROWS, TOGETHER // columns))  # parts of a matrix, as even as can be
+        step = -(-rows // count)
+        together = max(1, TOGETHER // (rows * columns))
+        return cls(rows, together, step, max(1, AT_ONCE // (together * step * columns)))
+
+    def parts(self, which: Sequence[int]) -> list[tuple[list[int], range]]:
+        """Some experts' parts, in their order: which, and their rows."""
+        runs = [list(which[start : start + self.together]) for start in range(0, len(which), self.together)]
+        starts = range(0, self.rows, self.step)
+        return [(run, range(start, min(start + self.step, self.rows))) for run in runs for start in starts]
 
 
 def chunks(experts: Experts, which: Sequence[int], limit: int) -> list[list[int]]:

@@ -7,7 +7,7 @@ Knows one layer at a time and writes what it sees into `layers`; it chooses and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -136,14 +136,18 @@ class Watcher:
         """Run layer i with idle experts and record what reaches them."""
         experts, tokens = self.structure.experts[path], self.tokens_of_layer()
 
-        def record(expert: int, x: Tensor, weights: Tensor | None, position: Tensor | None) -> None:
+        def record(
+            expert: int, x: Tensor, weights: Tensor | None, position: Tensor | None
+        ) -> Callable[[], None] | None:
             position = tokens.find(x) if position is None else position
             held = tokens.held_out(expert, position, x.shape[0], self.runner.sequences) if held_out else None
             if inputs is not None:
                 seen = tokens.of_images(position), tokens.counts(position, x.shape[0])
                 inputs.record(expert, x, weights, tokens.norms(position), held, *seen)
-            if hessians is not None:
-                hessians.record(expert, x if held is None else x[~held])
+            if hessians is None or expert not in hessians:
+                return None
+            counted = x if held is None else x[~held]
+            return lambda: hessians.record(expert, counted)
 
         model = self.structure.model
         layer = model.get_submodule(self.runner.layers[i])

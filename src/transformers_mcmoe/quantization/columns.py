@@ -31,10 +31,9 @@ def fit_columns(target: Tensor, bits: int, grid: Grid) -> tuple[Tensor, Tensor]:
     if bits == 1:
         return binary(target, 1)
     if grid.fit != "hqq" and target.device.type == "cpu" and cpu.library() is not None:
-        grids = candidates(target.amin(1), target.amax(1), bits, grid)
-        inverse = torch.stack([inverse_of(scale) for scale, _ in grids])
-        squared = cpu.grid_errors(target, inverse, torch.stack([zero for _, zero in grids]), bits)
-        return best(torch.linalg.vector_norm(target, dim=1), grids, squared.sqrt_())
+        scale, zero = candidates(target.amin(1), target.amax(1), bits, grid)
+        squared = cpu.grid_errors(target, inverse_of(scale), zero, bits)
+        return best(torch.linalg.vector_norm(target, dim=1), scale, zero, squared.sqrt_())
     batch, size, rows = target.shape
     part = max(1, CHUNK // (batch * size))
     fitted = [

@@ -20,7 +20,8 @@ from torch.nn import functional
 
 from transformers_mcmoe.quantization.columns import fit_columns, round_columns
 from transformers_mcmoe.quantization.descent import descend, refit
-from transformers_mcmoe.quantization.grid import Grid, Quantized, check_finite, inverse_of
+from transformers_mcmoe.quantization.grid import Grid, Quantized, check_finite, inverse_of, is_finite
+from transformers_mcmoe.threads import at_once, each
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +73,16 @@ class Factor:
         Raises:
             ValueError: a Hessian holds a value that is not finite.
         """
-        if not bool(torch.isfinite(hessian).all()):
+        if not is_finite(hessian):
             raise ValueError(
                 f"The Hessian of {name} holds values that are not finite; check the calibration data and dtype."
             )
         order = _activation_order(hessian.diagonal(dim1=-2, dim2=-1), group_size) if act_order else None
-        for b, matrix in enumerate(hessian):
-            matrix.copy_(_factorize(matrix, None if order is None else order[b], damping, name))
+
+        def factorize(b: int) -> None:
+            hessian[b] = _factorize(hessian[b], None if order is None else order[b], damping, name)
+
+        list(each(factorize, range(len(hessian)), factorized_at_once(hessian.shape[-1], hessian.device)))
         root = hessian.diagonal(dim1=-2, dim2=-1).clone()
         hessian.div_(root.unsqueeze(-2))
         return cls(hessian, root.square_(), order, group_size)
@@ -93,13 +97,12 @@ class Factor:
 def _factorize(hessian: Tensor, order: Tensor | None, damping: float, name: str) -> Tensor:
     """The upper triangular R with H + damping * I = R R^T, [in, in] float32, rows and columns in the given order."""
     mean = float(hessian.diagonal().mean())
-    identity = torch.eye(hessian.shape[0], device=hessian.device)
     if mean <= 0:  # no activation at all: every column counts the same
-        return identity
+        return torch.eye(hessian.shape[0], device=hessian.device)
     share = damping
     for _ in range(_RETRIES):
         # in reverse order the lower factor becomes the upper one
-        damped = hessian.flip(0, 1) if order is None else hessian[order.flip(0).unsqueeze(1), order.flip(0)]
+        damped = hessian.flip(0, 1) if order is None else _permuted(hessian, order.flip(0))
         damped.diagonal().add_(share * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
         del damped
@@ -108,7 +111,16 @@ def _factorize(hessian: Tensor, order: Tensor | None, damping: float, name: str)
         share = max(10 * share, 1e-4)
         logger.warning("The Hessian of %s is not positive definite; damping is raised to %g of its mean.", name, share)
     logger.warning("The Hessian of %s stays indefinite; the matrix is rounded without feedback.", name)
-    return identity
+    return torch.eye(hessian.shape[0], device=hessian.device)
+
+
+def factorized_at_once(columns: int, device: torch.device) -> int:
+    """How many Hessians [in, in] are factorized at once, with two copies each."""
+    return at_once(2 * 4 * columns**2, device)
+
+
+def _permuted(matrix: Tensor, order: Tensor) -> Tensor:
+    return matrix.index_select(0, order).index_select(1, order)
 
 
 def _activation_order(diagonal: Tensor, group_size: int) -> Tensor:
@@ -177,8 +189,9 @@ def _round_rows(
     size = factor.group_size
     groups = [slice(start, min(start + size, columns)) for start in range(0, columns, size)]
     # [B, in, out]: a column lies in one piece; columns turn from weights into errors as they are rounded
-    work = weight.to(torch.float32).transpose(1, 2)
-    work = work.contiguous() if factor.order is None else _take(work, factor.order)
+    work = weight.to(torch.float32).transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    if factor.order is not None:
+        work = _take(work, factor.order)
     codes = torch.empty_like(work)
     scale, zero = (work.new_empty(len(groups), batch, rows) for _ in range(2))
     grid = grid.fitted(weight)
@@ -217,7 +230,10 @@ def _places(factor: Factor, batch: int, groups: int) -> Tensor:
 
 
 def _take(work: Tensor, order: Tensor) -> Tensor:
-    return work.gather(1, order.unsqueeze(-1).expand_as(work))
+    taken = torch.empty_like(work)
+    for own, columns, out in zip(work, order, taken, strict=True):
+        torch.index_select(own, 0, columns, out=out)
+    return taken
 
 
 class _Group:

@@ -9,7 +9,7 @@ the codes are nearest on the grid that is stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
 from dataclasses import dataclass
 
 import torch
@@ -145,11 +145,16 @@ def quantize(weight: Tensor, bits: int, group_size: int, grid: Grid = Grid()) ->
 
 def check_finite(weight: Tensor) -> None:
     """Raise ValueError if a matrix holds a value that is not finite."""
-    if not bool(torch.isfinite(weight).all()):
+    if not is_finite(weight):
         raise ValueError(
             f"The matrix of shape {tuple(weight.shape)} to be quantized holds values that are not finite; "
             "check the checkpoint it comes from."
         )
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether all values of a tensor [..] are; without a tensor of answers, as `torch.isfinite` makes."""
+    return x.numel() == 0 or all(math.isfinite(end) for end in x.aminmax())
 
 
 def fit(x: Tensor, bits: int, grid: Grid = Grid()) -> tuple[Tensor, Tensor]:
@@ -163,9 +168,9 @@ def fit(x: Tensor, bits: int, grid: Grid = Grid()) -> tuple[Tensor, Tensor]:
         y = torch.addcmul(zero.unsqueeze(-1), x, inverse.unsqueeze(-1))
         return torch.linalg.vector_norm(y.sub_(y.round().clamp_(0, 2**bits - 1)), dim=-1)
 
-    grids = candidates(x.amin(-1), x.amax(-1), bits, grid)
-    errors = (distance(inverse_of(scale), zero) for scale, zero in grids)
-    return best(torch.linalg.vector_norm(x, dim=-1), grids, errors)
+    scale, zero = candidates(x.amin(-1), x.amax(-1), bits, grid)
+    distances = torch.stack([distance(*own) for own in zip(inverse_of(scale), zero, strict=True)])
+    return best(torch.linalg.vector_norm(x, dim=-1), scale, zero, distances)
 
 
 def binary(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -174,29 +179,26 @@ def binary(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return scale, torch.full_like(scale, 0.5)
 
 
-def candidates(low: Tensor, high: Tensor, bits: int, grid: Grid) -> list[tuple[Tensor, Tensor]]:
-    """The grids, scale and zero [..], that a group's least and largest weight [..] allow: one per clipping factor."""
+def candidates(low: Tensor, high: Tensor, bits: int, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The grids, scale and zero [C, ..], that a group's least and largest weight [..] allow: one per clipping factor."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     if grid.symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    clips = CLIPS if grid.fit == "search" else (1.0,)
-    return [grid.settle(*_range(low * clip, high * clip, bits, grid)) for clip in clips]
+    clips = torch.tensor(CLIPS if grid.fit == "search" else (1.0,), dtype=low.dtype, device=low.device)
+    clips = clips.view(-1, *[1] * low.dim())
+    return grid.settle(*_range(low * clips, high * clips, bits, grid))
 
 
-def best(length: Tensor, grids: Sequence[tuple[Tensor, Tensor]], distances: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Scale and zero [..] of least error out of grids, given each one's distance from the weights in units of codes.
+def best(length: Tensor, scale: Tensor, zero: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero [..] of least error out of grids [C, ..], given each one's distance from the weights in units of codes.
 
     `length` [..] is the weights' norm, the error of scale 0, which rebuilds zeros: the only grid for weights below fp16's range.
     """
-    best_error, best_scale, best_zero = length, torch.zeros_like(length), torch.zeros_like(length)
-    for (scale, zero), distance in zip(grids, distances, strict=True):
-        error = distance * scale
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-        best_zero = torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+    errors, index = torch.where(scale > 0, distances * scale, torch.inf).min(0, keepdim=True)
+    better = errors < length
+    scale, zero = (torch.where(better, x.gather(0, index), 0.0).squeeze(0) for x in (scale, zero))
+    return scale, zero
 
 
 def nearest(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:

@@ -15,7 +15,8 @@ from torch.nn import functional
 
 # called with (expert, its tokens [n, H], their routing weights [n] or None where the block applies them outside, their
 # positions [n] among the tokens that the module was called with or None where a child is called with its own only)
-Record = Callable[[int, Tensor, Tensor | None, Tensor | None], None]
+# and gives what is left to do with them, which may be done beside that of other experts, or None
+Record = Callable[[int, Tensor, Tensor | None, Tensor | None], Callable[[], None] | None]
 # rows of a half-precision matrix product on CPU, see `Experts.in_blocks`
 BLOCK = 128
 

@@ -14,6 +14,7 @@ from transformers.integrations import moe
 
 from transformers_mcmoe.kernels.reference import ACTIVATIONS
 from transformers_mcmoe.models.experts.base import Experts, Projection, Record, forward_as, in_blocks
+from transformers_mcmoe.threads import at_once, each
 
 FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
 
@@ -144,10 +145,18 @@ class FusedExperts(Experts):
     def observe(self, record: Record) -> Iterator[None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x, index, weights = self.route(*args)
+            # what an expert reads of its weights in float32, one projection at a time
+            most = at_once(8 * max(p.out_features * p.in_features for p in self.projections), x.device)
+            rest = []
             for expert in index.unique().tolist():
                 if expert < self.num_experts:
                     token, slot = torch.where(index == expert)
-                    record(expert, x[token], weights[token, slot], token)
+                    work = record(expert, x[token], weights[token, slot], token)
+                    if work is not None and most == 1:
+                        work()  # and its tokens are let go
+                    elif work is not None:
+                        rest.append(work)
+            list(each(lambda work: work(), rest, most))
 
         with self.module.register_forward_pre_hook(hook):
             yield

@@ -81,7 +81,12 @@ class ListExperts(Experts):
     @contextmanager
     def observe(self, record: Record) -> Iterator[None]:
         def hook(expert: int) -> Any:
-            return lambda module, args: record(expert, args[0].reshape(-1, args[0].shape[-1]), None, None)
+            def hand(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                rest = record(expert, args[0].reshape(-1, args[0].shape[-1]), None, None)
+                if rest is not None:
+                    rest()
+
+            return hand
 
         with ExitStack() as stack:
             for expert, child in enumerate(self.children):

@@ -49,8 +49,10 @@ def computing() -> Iterator[None]:
 
     A device context is a torch function mode, which costs every operation a detour through Python, more than a step of
     GPTQ takes; so modes are disabled rather than overruled by `torch.device("cpu")`. Large blocks of memory are kept apart
-    meanwhile, so that layers leave no holes in the heap.
+    meanwhile, so that layers leave no holes in the heap. Setting the number of threads, to what it is, ends MKL's choosing its own:
+    it would end when threads first share work, amid a run.
     """
+    torch.set_num_threads(torch.get_num_threads())
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     bars = transformers_logging.is_progress_bar_enabled()
