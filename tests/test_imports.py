@@ -28,7 +28,7 @@ LAYERS = [
     },
     {"models", "calibration", "nn", "routing", "structure", "tuning"},
     {"pipeline"},
-    {"quantizer", "pruning", "integrations", "evaluation", "report", "cli"},
+    {"quantizer", "replacement", "pruning", "integrations", "evaluation", "report", "cli"},
 ]
 ADDRESSES = {
     "scipy": {"allocation"},

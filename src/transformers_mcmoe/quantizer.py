@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers.quantizers import HfQuantizer, auto, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.hub import extract_commit_hash
@@ -32,25 +31,25 @@ from transformers.utils.hub import extract_commit_hash
 from transformers_mcmoe.config import QUANT_METHOD, MCMoEConfig, ODPConfig, OTPConfig
 from transformers_mcmoe.distributed import RankDone, World, world
 from transformers_mcmoe.kernels import gpu
-from transformers_mcmoe.models.experts import Experts, FusedExperts, ListExperts
+from transformers_mcmoe.models.experts import Experts, FusedExperts
 from transformers_mcmoe.models.names import packed_conversions
 from transformers_mcmoe.models.routers import SlicedRouter
-from transformers_mcmoe.models.structure import Structure, model_class
+from transformers_mcmoe.models.structure import Structure
 from transformers_mcmoe.nn import PackedExperts, PackedLinear
 from transformers_mcmoe.nn.checks import check_grids, check_tensors
 from transformers_mcmoe.pipeline import Compressed, compress, unread_patterns
 from transformers_mcmoe.pipeline.prepare import tokens_for
-from transformers_mcmoe.plan import FACTORS, Plan, average_bits
+from transformers_mcmoe.plan import average_bits
 from transformers_mcmoe.pruning import (
-    add_routers,
     recorded_ratios,
     start_expert_pruning,
     start_learned_pruning,
     trained,
     with_thresholds,
 )
+from transformers_mcmoe.replacement import pack_modules, unpack_modules
 from transformers_mcmoe.report import build_report, expert_placement, read_report, write_report
-from transformers_mcmoe.routing import ROUTER, ExpertPruning, attached, set_router
+from transformers_mcmoe.routing import ExpertPruning, attached
 from transformers_mcmoe.tuning import tune
 
 logger = logging.getLogger(__name__)
@@ -223,14 +222,7 @@ class MCMoEHfQuantizer(HfQuantizer):
         pruning = attached(model)
         if pruning is not None:
             pruning.detach()
-        for path, module in list(model.named_modules()):
-            if isinstance(module, PackedExperts):
-                dense = module.restore(dtype)
-                set_router(dense, module._modules.get(ROUTER))  # type: ignore[arg-type]
-                model.set_submodule(path, dense)
-        for path, module in list(model.named_modules()):
-            if isinstance(module, PackedLinear) and not path.endswith(FACTORS):  # those go with their matrix
-                model.set_submodule(path, _dense_linear(module, dtype))
+        unpack_modules(model, dtype)
         for name in ("save_pretrained", "push_to_hub"):
             model.__dict__.pop(name, None)
             if any(isinstance(module, SlicedRouter) for module in model.modules()):
@@ -292,64 +284,6 @@ def _tell_peft() -> None:
         logger.warning("Adapters are not available: %s", error)
 
 
-def replace_modules(model: Any, structure: Structure, plan: Plan, group_size: int) -> None:
-    """Put empty packed modules, on meta, in the place of every matrix of a plan."""
-    with torch.device("meta"):
-        for path, experts in structure.experts.items():
-            widths = plan.experts[path]
-            if isinstance(experts, FusedExperts):
-                guard = structure.names.is_fused_on_disk(experts)
-                packed = PackedExperts(experts, widths, group_size, structure.names.leaves(experts), guard, "meta")
-                model.set_submodule(path, packed)
-            elif isinstance(experts, ListExperts):
-                for expert in range(experts.num_experts):
-                    for p in experts.projections:
-                        name = experts.tensor(expert, p.name)
-                        factors = (widths.rank_of(expert), widths.rank_bits)
-                        _pack_linear(model, name, widths.of_role(p.role)[expert], group_size, factors)
-        for path, bits in plan.linears.items():
-            _pack_linear(model, path, bits, group_size)
-
-
-def packed_model(config: Any, quantization: MCMoEConfig) -> tuple[Any, Structure, Plan]:
-    """A packed model on meta with what is known of it, from its config alone; its plan has the model's own paths.
-
-    Raises:
-        ValueError: the plan is missing or does not fit the model.
-    """
-    plain = type(config).from_dict(config.to_dict())
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config
-    built = model_class(config)
-    with torch.device("meta"):
-        model = built._from_config(plain) if hasattr(built, "_from_config") else built.from_config(plain)
-    structure, plan, _ = pack_modules(model, quantization)
-    return model, structure, plan
-
-
-def pack_modules(model: Any, quantization: MCMoEConfig) -> tuple[Structure, Plan, list[str]]:
-    """Put empty packed modules into a model by the plan of a config.
-
-    Returns:
-        What is known of the packed experts, the plan with the model's own paths, and the paths of experts that stay dense.
-
-    Raises:
-        ValueError: the plan is missing or does not fit the model.
-    """
-    if quantization.plan is None:
-        raise ValueError("The checkpoint's quantization_config has no plan; it was not written by this package.")
-    structure = Structure(model)
-    plan = quantization.plan.under(structure.experts, model.base_model_prefix)
-    dense = [path for path in structure.experts if path not in plan.experts]
-    structure.experts = {path: experts for path, experts in structure.experts.items() if path in plan.experts}
-    structure.check(plan)
-    structure.follow(plan)
-    replace_modules(model, structure, plan, quantization.group_size)
-    if isinstance(quantization.otp, OTPConfig) and quantization.otp.trained:
-        add_routers(model, quantization.otp)
-    return structure, plan, dense
-
-
 def asked_pruning(config: MCMoEConfig) -> tuple[ODPConfig | None, OTPConfig | None]:
     """The rule that a model is to be pruned by; options of trained routers also where they are off.
 
@@ -373,21 +307,6 @@ def asked_pruning(config: MCMoEConfig) -> tuple[ODPConfig | None, OTPConfig | No
         odp = config.asked["odp"] or None
         otp = None if otp is None else replace(otp, on=otp.on and odp is None)
     return odp, otp
-
-
-def _pack_linear(model: Any, path: str, bits: int, group_size: int, factors: tuple[int, int] = (0, 0)) -> None:
-    linear = model.get_submodule(path)
-    bias = linear.bias.dtype if linear.bias is not None else None
-    packed = PackedLinear(linear.in_features, linear.out_features, bits, group_size, bias, "meta", *factors)
-    model.set_submodule(path, packed)
-
-
-def _dense_linear(packed: PackedLinear, dtype: torch.dtype) -> nn.Linear:
-    linear = nn.Linear(packed.in_features, packed.out_features, packed.bias is not None, device="meta")
-    linear.weight = nn.Parameter(packed.dequantize(dtype))
-    if packed.bias is not None:
-        linear.bias = nn.Parameter(packed.bias.data.to(dtype))
-    return linear
 
 
 def cast_renamed(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:

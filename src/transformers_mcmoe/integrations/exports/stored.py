@@ -25,7 +25,7 @@ from transformers_mcmoe.nn.checks import check_tensors
 from transformers_mcmoe.plan import Plan
 from transformers_mcmoe.quantization import Quantized
 from transformers_mcmoe.quantization.packing import unpack
-from transformers_mcmoe.quantizer import packed_model
+from transformers_mcmoe.replacement import packed_model
 from transformers_mcmoe.routing import ROUTER
 
 logger = logging.getLogger(__name__)

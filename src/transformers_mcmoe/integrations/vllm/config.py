@@ -30,7 +30,7 @@ from transformers_mcmoe.models.experts import layer_of
 from transformers_mcmoe.models.stream import checkpoint_files
 from transformers_mcmoe.nn.checks import check_complete, check_tensors
 from transformers_mcmoe.plan import Plan
-from transformers_mcmoe.quantizer import packed_model
+from transformers_mcmoe.replacement import packed_model
 from transformers_mcmoe.routing import ROUTER
 
 logger = logging.getLogger(__name__)
