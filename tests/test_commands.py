@@ -380,11 +380,16 @@ def test_interrupted(folder, tmp_path):
     options += ["--sweeps", "400"]  # so that there is time to interrupt it
     command = [sys.executable, "-m", "transformers_mcmoe", "compress", str(folder / "dense"), "--output", str(output)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    running = subprocess.Popen([*command, *options], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    begun = tmp_path / ".out.mcmoe-work" / "expert_inputs.bin"
-    for _ in range(6000):
-        if begun.exists() or running.poll() is not None:
-            break
+    running = subprocess.Popen(
+        [*command, *options],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # a shell's background job, as these tests may be, ignores it, and so would what it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    begun = tmp_path / ".out.mcmoe-work" / "records" / "allocate-00000.safetensors"  # it stays, once it is there
+    while not begun.exists() and running.poll() is None:
         time.sleep(0.005)
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=60)
